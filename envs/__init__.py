@@ -1,0 +1,335 @@
+"""The environment contract that every script trains, evaluates and records through.
+
+All tensors live on `device`. N envs, A agents in the order of `possible_agents`, `*O` one agent's
+observation, `*S` the global state, n discrete actions (or D action dimensions).
+
+Time convention, everywhere: index t of rewards, terminations and truncations belongs to the
+transition t -> t+1. Resets happen in the same step: when an episode ends, `obs`, `state`,
+`action_mask` and `active` of that EnvStep already open the next one, and `final_obs` and
+`final_state` hold what the transition really led to.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+
+class EnvStep:
+    """What `reset` and `step` of a VecEnv return.
+
+    obs             [N, A, *O]  obs_dtype, agent-centred; all zero for agents that are not active
+    state           [N, *S]     state_dtype
+    action_mask     [N, A, n]   bool, legal actions in `obs`, never a row without any; None: always all legal
+    active          [N, A]      bool, agent takes part in the step to come (the one taken from `obs`)
+    rewards         [N, A]      float32, zero for agents that were not active in this step
+    terminations    [N, A]      bool, the rules ended this agent's episode at this transition
+    truncations     [N]         bool, the time limit was hit at this transition (for agents it did not terminate)
+    episode_over    [N]         bool, this env was reset at the end of this step
+    final_obs       [N, A, *O]  the true next observation: before the reset where episode_over, else `obs`
+    final_state     [N, *S]     likewise for `state`
+    episode_returns [N, A]      float32, undiscounted return; meaningful where episode_over
+    episode_lengths [N]         int64, env steps; meaningful where episode_over
+    executed_actions [N, A]     actions as the env carried them out ([N, A, D] continuous ones); None: as given
+
+    `final_obs` and `final_state` may be given as functions and are then computed when first read
+    (only few callers need them). They must be read before the env steps again.
+    """
+
+    def __init__(
+        self,
+        obs: torch.Tensor,
+        state: torch.Tensor,
+        action_mask: torch.Tensor | None,
+        active: torch.Tensor,
+        rewards: torch.Tensor,
+        terminations: torch.Tensor,
+        truncations: torch.Tensor,
+        episode_over: torch.Tensor,
+        final_obs: torch.Tensor | Callable[[], torch.Tensor],
+        final_state: torch.Tensor | Callable[[], torch.Tensor],
+        episode_returns: torch.Tensor,
+        episode_lengths: torch.Tensor,
+        executed_actions: torch.Tensor | None = None,
+    ):
+        self.obs, self.state, self.action_mask, self.active = obs, state, action_mask, active
+        self.rewards, self.terminations, self.truncations = rewards, terminations, truncations
+        self.episode_over = episode_over
+        self._final_obs, self._final_state = final_obs, final_state
+        self.episode_returns, self.episode_lengths = episode_returns, episode_lengths
+        self.executed_actions = executed_actions
+
+    @property
+    def final_obs(self) -> torch.Tensor:
+        if callable(self._final_obs):
+            self._final_obs = self._final_obs()
+        return self._final_obs
+
+    @property
+    def final_state(self) -> torch.Tensor:
+        if callable(self._final_state):
+            self._final_state = self._final_state()
+        return self._final_state
+
+
+class VecEnv:
+    """N copies of a parallel multi-agent env. Subclasses set every attribute and write the methods."""
+
+    env_id: str  # as resolved, e.g. "sisl/pursuit_v5"
+    backend: str  # "pettingzoo" (the genuine env) or "batched" (tensors)
+    num_envs: int
+    agents: list[str]  # possible_agents, the order of every agent axis
+    obs_shape: tuple[int, ...]
+    obs_dtype: torch.dtype  # uint8 where observations are small counts, else float32
+    state_shape: tuple[int, ...]
+    state_dtype: torch.dtype
+    obs_scale: float = 1.0  # what networks multiply observations by: 1/255 for bytes of a picture, else 1
+    state_scale: float = 1.0
+    action_space: gym.Space  # of one agent: Discrete(n) or Box [D]; padded to the largest where agents differ
+    device: torch.device
+
+    @property
+    def num_agents(self) -> int:
+        return len(self.agents)
+
+    def reset(self, seed: int) -> EnvStep:
+        """Starts N new episodes; the same seed gives the same episodes. Rewards and flags are zero."""
+        raise NotImplementedError
+
+    def step(self, actions: torch.Tensor) -> EnvStep:
+        """Steps all envs. actions: [N, A] int64, or [N, A, D] float32; rows of inactive agents are ignored.
+
+        Raises ValueError for a wrong shape or dtype, or (where it can be checked without stalling the
+        device) an action out of range.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Everything needed to continue the episodes in flight (tensors, numbers, strings); None if it can't."""
+        return None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> EnvStep:
+        """Continues the episodes in flight; returns the EnvStep that `reset` or `step` returned last."""
+        raise NotImplementedError
+
+    def render(self) -> Any:
+        """The picture of env 0 as uint8 numpy [height, width, 3]."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+# ---------------------------------------------------------------- names
+ALIASES = {"pursuit": "sisl/pursuit"}  # a registry id without version is its newest one
+BACKENDS = ("auto", "pettingzoo", "batched")
+
+
+def resolve_env_id(env_id: str) -> str:
+    """The full name of an env: "pursuit" -> "sisl/pursuit_v5". Raises ValueError for an unknown one."""
+    return _find_env(env_id)[0]
+
+
+def _find_env(env_id: str) -> tuple[str, Callable[..., Any]]:
+    """The full name of an env and the function that makes a genuine one."""
+    from envs import stag_hunt
+
+    name = ALIASES.get(env_id, env_id)
+    preset = re.sub(r"[-_]v\d+$", "", name)
+    if preset in stag_hunt.PRESETS:
+        return preset, functools.partial(stag_hunt.parallel_env, preset=preset)
+    if "/" in name:
+        return _find_registered(name)
+    if "." in name or ":" in name:
+        return _find_in_module(name)
+    raise _unknown(env_id, "no alias of that name")
+
+
+def _find_registered(name: str) -> tuple[str, Callable[..., Any]]:
+    import pettingzoo
+
+    if not hasattr(pettingzoo, "parallel_registry"):  # before 1.27: modules pettingzoo.<namespace>.<env>_v<N> only
+        namespace, _, env_name = name.partition("/")
+        try:
+            package = importlib.import_module(f"pettingzoo.{namespace}")
+        except ImportError as error:
+            raise _unknown(name, f"no pettingzoo.{namespace}") from error
+        modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+        modules = [m for m in modules if re.search(r"_v\d+$", m) and env_name in (m, m.rpartition("_v")[0])]
+        if not modules:
+            raise _unknown(name, f"not in pettingzoo.{namespace}")
+        return _find_in_module(f"pettingzoo.{namespace}." + max(modules, key=lambda m: int(m.rpartition("_v")[2])))
+
+    from pettingzoo.env_registry.exceptions import PettingZooRegistryError
+
+    try:
+        registry_id = pettingzoo.spec("parallel", name).id
+    except PettingZooRegistryError as error:
+        try:
+            pettingzoo.spec("aec", name)
+        except PettingZooRegistryError:
+            raise _unknown(name, "not in PettingZoo's registry") from error
+        raise _not_parallel(name) from error
+    return _underscored(registry_id), functools.partial(pettingzoo.make, "parallel", registry_id)
+
+
+def _find_in_module(name: str) -> tuple[str, Callable[..., Any]]:
+    module_name, _, factory_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:  # ValueError: an empty or relative module name
+        raise _unknown(name, f"cannot import {module_name!r}: {error}") from error
+    factory = getattr(module, factory_name or "parallel_env", None)
+    if not callable(factory):
+        if not factory_name and hasattr(module, "env"):
+            raise _not_parallel(name)
+        raise ValueError(
+            f"expected a function {factory_name or 'parallel_env'!r} that makes an env in module {module_name}, "
+            "found none: give package.module:factory"
+        )
+    return name, factory
+
+
+def _underscored(registry_id: str) -> str:
+    return re.sub(r"-v(\d+)$", r"_v\1", registry_id)
+
+
+def _not_parallel(name: str) -> ValueError:
+    return ValueError(f"expected an env with a parallel API, got {name!r}, whose agents move in turn: choose another")
+
+
+def _unknown(env_id: str, reason: str) -> ValueError:
+    import pettingzoo
+
+    from envs import stag_hunt
+
+    short = [*ALIASES, *stag_hunt.PRESETS]
+    registered = [_underscored(name) for name in getattr(pettingzoo, "parallel_registry", {}) if "/" in name]
+    matches = difflib.get_close_matches(env_id, short + registered, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
+    return ValueError(
+        f"unknown env id {env_id!r} ({reason}): {hint}expected {', '.join(short)}, "
+        "an id of PettingZoo's registry or package.module:factory"
+    )
+
+
+# ---------------------------------------------------------------- making
+def make_parallel_env(env_id: str, render_mode: str | None = None, **env_kwargs: Any) -> Any:
+    """The genuine PettingZoo ParallelEnv, for evaluation and pictures.
+
+    Raises ValueError for an unknown id, an env without parallel API, and arguments that the env does not take.
+    """
+    if render_mode != "human":
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame then needs no display
+    from pettingzoo.utils.env import ParallelEnv
+
+    name, factory = _find_env(env_id)
+    kwargs = env_kwargs if render_mode is None else {**env_kwargs, "render_mode": render_mode}
+    try:
+        env = factory(**kwargs)
+    except Exception as error:  # whatever anyone's env raises about its arguments
+        raise ValueError(f"{name} cannot be made: {_why(error)}") from error
+    if not isinstance(env, ParallelEnv):
+        raise _not_parallel(f"{name} (a {type(env).__name__})")
+    return env
+
+
+def _why(error: Exception) -> str:
+    """The error in one line; for an unknown argument, with the names of those that exist."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    match = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", reason)
+    if match is None:
+        return reason
+    traceback = error.__traceback__
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    # Through however many **kwargs it went, the innermost frame called the function that refused the argument.
+    called = [*traceback.tb_frame.f_globals.values(), *traceback.tb_frame.f_locals.values()]
+    called = [f for f in called if callable(f) and getattr(f, "__name__", None) == match[1]]
+    valid = [p for f in called[:1] for p in inspect.signature(f).parameters if p != "self"]
+    return f"it has no argument {match[2]!r}" + (f", only {', '.join(valid)}" if valid else "")
+
+
+def _batched_twin(env_id: str) -> Callable[..., VecEnv] | None:
+    """What makes the batched form of an env; None where there is none."""
+    name = resolve_env_id(env_id)
+    if re.fullmatch(r"(sisl/|pettingzoo\.sisl\.)pursuit_v\d+", name):
+        from envs.pursuit import PursuitVecEnv
+
+        return PursuitVecEnv
+    from envs import stag_hunt
+
+    if name in stag_hunt.PRESETS:
+        return functools.partial(stag_hunt.StagHuntVecEnv, **stag_hunt.preset_options(name))
+    return None
+
+
+def check_env(env_id: str, backend: str = "auto", env_kwargs: dict[str, Any] | None = None) -> str:
+    """The backend that `make_vec_env` will use: "pettingzoo" or "batched".
+
+    Raises ValueError for an unknown env or backend, an env that is not parallel or whose spaces cannot be used, and
+    wrong arguments. To find that out it makes one genuine env, and one batched env where that is to be used.
+    """
+    from envs.pettingzoo_vec import probe_env
+
+    if backend not in BACKENDS:
+        raise ValueError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}: choose one of them")
+    env_kwargs = env_kwargs or {}
+    twin = _batched_twin(env_id)
+    if twin is None and backend == "batched":
+        raise ValueError(f"expected an env that has a batched form, got {env_id!r}: use --backend pettingzoo")
+    probe_env(env_id, env_kwargs)  # also where the twin trains: evaluation runs on the genuine env
+    if twin is None or backend == "pettingzoo":
+        return "pettingzoo"
+    try:
+        twin(num_envs=1, device="cpu", seed=0, **env_kwargs)
+    except TypeError as error:
+        raise ValueError(f"batched {env_id} cannot be made: {_why(error)}; or use --backend pettingzoo") from error
+    return "batched"
+
+
+def make_vec_env(
+    env_id: str,
+    num_envs: int,
+    device: torch.device | str,
+    seed: int,
+    backend: str = "auto",
+    num_env_procs: int = 0,
+    **env_kwargs: Any,
+) -> VecEnv:
+    """N copies of an env, reset with `seed`: its batched twin, or the genuine one through SuperSuit.
+
+    num_env_procs: worker processes for genuine envs; 0 or 1 steps them in this process. env_kwargs: arguments of
+    the genuine env. Raises ValueError, before any env of the N is made, for num_envs < 1, num_env_procs < 0 and
+    what `check_env` refuses.
+    """
+    if num_envs < 1 or num_env_procs < 0:
+        raise ValueError(
+            f"expected num_envs >= 1 and num_env_procs >= 0, got {num_envs} and {num_env_procs}: change them"
+        )
+    if check_env(env_id, backend, env_kwargs) == "batched":
+        env = _batched_twin(env_id)(num_envs=num_envs, device=torch.device(device), seed=seed, **env_kwargs)
+        env.env_id = resolve_env_id(env_id)
+        return env
+    from envs.pettingzoo_vec import PettingZooVecEnv
+
+    return PettingZooVecEnv(env_id, num_envs, device, seed, num_env_procs, **env_kwargs)
+
+
+def default_env_procs(num_envs: int) -> int:
+    """Worker processes for genuine envs: none on Windows, where each imports torch again, else one per CPU."""
+    if sys.platform == "win32":
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, num_envs)

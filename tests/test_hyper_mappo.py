@@ -1,0 +1,571 @@
+import csv
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import hyper_mappo
+from hyper_mappo import (
+    COLUMNS,
+    LOSSES,
+    Actor,
+    Args,
+    Critic,
+    ValueNorm,
+    cli,
+    compute_gae,
+    entropy,
+    kl_divergence,
+    load_checkpoint,
+    load_critic,
+    load_policy,
+    log_prob,
+    ppo_loss,
+    sample_actions,
+    smoothness,
+)
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(num_envs=4, num_steps=8, num_minibatches=2, hidden_size=16, context_size=8, context_heads=2, hyper_basis=2)
+SMALL_PURSUIT = json.dumps({"x_size": 8, "y_size": 8, "n_pursuers": 3, "n_evaders": 4, "max_cycles": 13})
+
+
+def spec(discrete=True, num_agents=3):
+    return {
+        "env_id": "none",
+        "num_agents": num_agents,
+        "obs_shape": [5],
+        "obs_scale": 1.0,
+        "state_shape": [7],
+        "state_scale": 1.0,
+        "discrete": discrete,
+        "num_actions": 4,
+    }
+
+
+def random_actor(discrete=True, **flags):
+    """An actor whose hypernetwork is not at its zero initialisation."""
+    torch.manual_seed(0)
+    args = Args(**{**TINY, **flags})
+    if args.hyper == "none":
+        return Actor(spec(discrete), args), args
+    actor = Actor(spec(discrete), args)
+    for p in actor.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return actor, args
+
+
+def random_inputs(T=6, N=4, A=3):
+    """Observations, masks, who is active (agent 1 of env 0 leaves at step 3), episode starts (env 2 restarts at 4)."""
+    torch.manual_seed(1)
+    active = torch.ones(T, N, A, dtype=torch.bool)
+    active[3:, 0, 1] = False
+    starts = torch.zeros(T, N, dtype=torch.bool)
+    starts[4, 2] = True
+    mask = torch.rand(T, N, A, 4) > 0.3
+    mask[..., 0] = True
+    return torch.randn(T, N, A, 5), mask, active, starts
+
+
+def random_minibatch(actor, args, discrete=True):
+    obs, mask, active, starts = random_inputs()
+    T, N, A = active.shape
+    hidden = torch.randn(N, A, actor.hidden_size)
+    with torch.no_grad():
+        dists, _, _ = actor(obs, mask if discrete else None, active, starts, hidden)
+    actions = sample_actions(dists, discrete)
+    mb = {"obs": obs, "state": torch.randn(T, N, 7), "active": active, "starts": starts, "actions": actions}
+    mb |= {"dists": dists, "logprobs": log_prob(dists, actions, discrete), "hidden": hidden.unsqueeze(0)}
+    mb |= {"advantages": torch.randn(T, N, A), "returns": torch.randn(T, N, A), "values": torch.randn(T, N, A)}
+    if discrete:
+        mb["action_mask"] = mask
+    return mb
+
+
+def run(tmp_path, name="run", **flags):
+    runs_dir = tmp_path / name
+    defaults = dict(env_id="tests.tiny_envs:own_number", num_env_procs=0, total_timesteps=64, eval_episodes=0, **TINY)
+    flags = {**defaults, "runs_dir": str(runs_dir), **flags}
+    if flags.get("hyper") == "none":
+        flags = {name: x for name, x in flags.items() if name not in hyper_mappo.HYPER_ONLY}
+    return hyper_mappo.main(Args(**flags))
+
+
+def metrics(run_dir):
+    with open(run_dir / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "charts/SPS"} for row in csv.DictReader(file)]
+
+
+# ------------------------------------------------------------------------------------------ GAE and losses
+
+
+def test_gae_matches_hand_made_table():
+    # gamma 0.5, lambda 0.5; columns are three envs with one agent, rewards 1 and values 2 throughout.
+    # env 0: nothing ends; last next value 4. env 1: terminates at t=1. env 2: truncated at t=1, final value 8.
+    rewards, values = torch.ones(3, 3, 1), torch.full((3, 3, 1), 2.0)
+    terminations = torch.zeros(3, 3, 1, dtype=torch.bool)
+    ended = torch.zeros(3, 3, 1, dtype=torch.bool)
+    next_values = torch.full((3, 3, 1), 2.0)
+    next_values[2] = 4.0
+    terminations[1, 1], ended[1, 1] = True, True
+    next_values[1, 1] = 100.0  # must not be used
+    ended[1, 2], next_values[1, 2] = True, 8.0
+    advantages, returns = compute_gae(rewards, values, next_values, terminations, ended, 0.5, 0.5)
+    # delta = 1 + 0.5 v' - 2; advantage = delta + 0.25 * next advantage, unless the episode ended in between
+    expected = torch.tensor(
+        [
+            [0.0 + 0.25 * (0.0 + 0.25 * 1.0), 0.0 + 0.25 * -1.0, 0.0 + 0.25 * 3.0],
+            [0.0 + 0.25 * 1.0, -1.0, 3.0],
+            [1.0, 1.0, 1.0],
+        ]
+    )
+    torch.testing.assert_close(advantages.squeeze(-1), expected)
+    torch.testing.assert_close(returns, advantages + 2.0)
+
+
+def test_gae_termination_wins_where_both_happen_and_one_agent_can_leave_alone():
+    rewards, values, next_values = torch.ones(2, 1, 2), torch.zeros(2, 1, 2), torch.full((2, 1, 2), 10.0)
+    terminations = torch.tensor([[[True, False]], [[False, True]]])
+    ended = torch.tensor([[[True, False]], [[True, True]]])  # agent 1 terminates in the very step of the time limit
+    advantages, _ = compute_gae(rewards, values, next_values, terminations, ended, 0.5, 1.0)
+    torch.testing.assert_close(advantages[0, 0], torch.tensor([1.0, 1 + 5.0 + 0.5 * 1.0]))
+    torch.testing.assert_close(advantages[1, 0, 1], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_distributions_match_torch_distributions(discrete):
+    torch.manual_seed(0)
+    old, new = torch.randn(2, 50, 8).unbind()
+    if discrete:
+        old, new = old.log_softmax(-1), new.log_softmax(-1)
+        old_d, new_d = (torch.distributions.Categorical(logits=x) for x in (old, new))
+    else:
+        old_d, new_d = (
+            torch.distributions.Independent(torch.distributions.Normal(x[..., :4], x[..., 4:].exp()), 1)
+            for x in (old, new)
+        )
+    actions = old_d.sample()
+    torch.testing.assert_close(log_prob(old, actions, discrete), old_d.log_prob(actions))
+    torch.testing.assert_close(entropy(old, discrete), old_d.entropy())
+    torch.testing.assert_close(
+        kl_divergence(old, new, discrete), torch.distributions.kl_divergence(old_d, new_d), rtol=1e-4, atol=1e-5
+    )
+    samples = sample_actions(old[:1].expand(20_000, -1), discrete)
+    if discrete:
+        frequencies = torch.bincount(samples, minlength=8) / len(samples)
+        torch.testing.assert_close(frequencies, old_d.probs[0], atol=0.015, rtol=0)
+    else:
+        torch.testing.assert_close(samples.mean(0), old_d.mean[0], atol=0.1, rtol=0)
+        torch.testing.assert_close(samples.std(0), old_d.base_dist.stddev[0], atol=0.1, rtol=0.05)
+
+
+def test_masked_actions_are_never_taken_and_give_finite_numbers():
+    actor, _ = random_actor()
+    obs, mask, active, starts = random_inputs()
+    dist, _, _ = actor(obs, mask, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    for _ in range(20):
+        assert mask.gather(-1, sample_actions(dist, True).unsqueeze(-1)).all()
+    assert entropy(dist, True).isfinite().all() and kl_divergence(dist, dist.roll(1, 0), True).isfinite().all()
+
+
+def materialised_theta(actor, alpha):
+    """All actor weights of every sample, written out: [..., P]."""
+    deltas = [p.flatten(1) for p in (*actor.hyper.basis_weights, *actor.hyper.basis_biases)]  # each [K, size]
+    base = [layer.weight.flatten() for layer in actor.layers] + [layer.bias for layer in actor.layers]
+    return torch.cat([b + torch.einsum("...k,kp->...p", alpha, d) for b, d in zip(base, deltas, strict=True)], dim=-1)
+
+
+@pytest.mark.parametrize("hyper_basis", [2, 8])
+def test_applied_delta_equals_materialised_weights(hyper_basis):
+    actor, _ = random_actor(hyper_basis=hyper_basis)
+    obs, _, active, starts = random_inputs()
+    dist, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    for index in [(0, 0, 0), (2, 1, 2), (5, 3, 1)]:
+        x = obs[index]
+        for i, layer in enumerate(actor.layers):
+            weight = layer.weight + torch.einsum("k,koi->oi", alpha[index], actor.hyper.basis_weights[i])
+            bias = layer.bias + alpha[index] @ actor.hyper.basis_biases[i]
+            x = weight @ x + bias
+            x = x.relu() if i < 2 else x
+        torch.testing.assert_close(dist[index], x.log_softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_smoothness_equals_a_loop_written_out():
+    actor, _ = random_actor()
+    obs, _, active, starts = random_inputs()
+    _, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    theta = materialised_theta(actor, alpha)
+    squares, norms = [], []
+    for t in range(1, 6):
+        for n in range(4):
+            for a in range(3):
+                if starts[t, n] or not active[t, n, a] or not active[t - 1, n, a]:
+                    continue
+                change = theta[t, n, a] - theta[t - 1, n, a]
+                squares.append((change**2).mean())
+                norms.append(change.norm())
+    assert len(squares) == 5 * 4 * 3 - 3 - 3  # the restart of env 2, and agent 1 of env 0 after it left
+    smooth, step_change = smoothness(actor.hyper, alpha, active, starts)
+    torch.testing.assert_close(smooth, torch.stack(squares).mean(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(step_change, torch.stack(norms).mean(), rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ hypernetwork
+
+
+@pytest.mark.parametrize("history", ["none", "gru", "lstm"])
+def test_hypernetwork_starts_at_the_base_actor_and_then_matters(history):
+    args = Args(**TINY, history=history)
+    torch.manual_seed(0)
+    actor = Actor(spec(), args)
+    obs, _, active, starts = random_inputs()
+    hidden = torch.zeros(4, 3, actor.hidden_size)
+    with_hyper = actor(obs, None, active, starts, hidden)[0]
+    x = obs
+    for i, layer in enumerate(actor.layers):
+        x = layer(x).relu() if i < 2 else layer(x)
+    torch.testing.assert_close(with_hyper, x.log_softmax(-1))
+    actor.hyper.alpha.bias.data += 1.0
+    assert (actor(obs, None, active, starts, hidden)[0] - with_hyper).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flags", [{}, {"history": "lstm"}, {"hyper_basis": 8}, {"agent_id": True}, {"hyper": "none"}])
+@pytest.mark.parametrize("discrete", [True, False])
+def test_gradients_reach_every_parameter(flags, discrete):
+    actor, args = random_actor(discrete, **flags)
+    critic = Critic(spec(discrete), args)
+    loss, numbers = ppo_loss(actor, critic, random_minibatch(actor, args, discrete), args)
+    loss.backward()
+    for name, p in [*actor.named_parameters(), *critic.named_parameters()]:
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    assert numbers.isfinite().all()
+
+
+@pytest.mark.parametrize("history", ["none", "gru", "lstm"])
+def test_acting_step_by_step_equals_the_update_over_the_sequence(history):
+    actor, _ = random_actor(history=history)
+    obs, mask, active, starts = random_inputs()
+    hidden0 = torch.randn(4, 3, actor.hidden_size)
+    sequence, _, last = actor(obs, mask, active, starts, hidden0)
+    hidden = hidden0
+    for t in range(len(obs)):
+        one = (x[t : t + 1] for x in (obs, mask, active, starts))
+        dist, _, hidden = actor(*one, hidden)
+        torch.testing.assert_close(dist[0], sequence[t], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden, last, rtol=1e-4, atol=1e-5)
+
+
+def test_history_is_forgotten_at_an_episode_start_only():
+    actor, _ = random_actor()
+    obs, _, active, starts = random_inputs()
+    hidden = torch.zeros(4, 3, actor.hidden_size)
+    before = actor(obs, None, active, starts, hidden)[0]
+    changed = obs.clone()
+    changed[0] += 1.0
+    after = actor(changed, None, active, starts, hidden)[0]
+    differs = (before - after).abs().amax(dim=(-1, -2)) > 1e-7  # [T, N]
+    assert differs[5, 0] and differs[3, 2]  # remembered ...
+    assert not differs[4:, 2].any()  # ... until env 2 restarts at step 4
+
+
+def test_permuting_agents_permutes_outputs_and_those_who_left_are_not_seen():
+    actor, _ = random_actor()
+    obs, mask, active, starts = random_inputs()
+    hidden = torch.randn(4, 3, actor.hidden_size)
+    order = torch.tensor([2, 0, 1])
+    dist, _, _ = actor(obs, mask, active, starts, hidden)
+    permuted, _, _ = actor(obs[:, :, order], mask[:, :, order], active[:, :, order], starts, hidden[:, order])
+    torch.testing.assert_close(permuted, dist[:, :, order], rtol=1e-4, atol=1e-5)
+    changed = obs.clone()
+    changed[3:, 0, 1] = 9.0  # agent 1 of env 0 has left by then
+    other = actor(changed, mask, active, starts, hidden)[0]
+    torch.testing.assert_close(other[:, 0, [0, 2]], dist[:, 0, [0, 2]])
+    changed[2, 0, 1] = 9.0  # while it is there, the others see it
+    assert (actor(changed, mask, active, starts, hidden)[0][2, 0, 0] - dist[2, 0, 0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("hyper", ["none", "delta"])
+def test_inactive_agents_enter_no_mean(hyper):
+    actor, args = random_actor(hyper=hyper)
+    critic = Critic(spec(), args)
+    mb = random_minibatch(actor, args)
+    loss, numbers = ppo_loss(actor, critic, mb, args)
+    gone = ~mb["active"]
+    assert gone.any()
+    for name in ("advantages", "returns", "values", "logprobs", "dists"):
+        mb[name] = mb[name].clone()
+        mb[name][gone] = 50.0
+    again, numbers_again = ppo_loss(actor, critic, mb, args)
+    torch.testing.assert_close(loss, again)
+    torch.testing.assert_close(numbers, numbers_again)
+
+
+def test_value_norm_follows_active_returns():
+    torch.manual_seed(0)
+    norm = ValueNorm(True, decay=0.9)
+    x, weights = 3.0 + 2.0 * torch.randn(100_000), (torch.rand(100_000) > 0.5).float()
+    torch.testing.assert_close(norm.normalize(x), x)  # nothing seen yet
+    norm.update(torch.where(weights > 0, x, 1e6), weights)
+    mean, std = norm.mean_std()
+    assert abs(mean - 3.0) < 0.05 and abs(std - 2.0) < 0.05
+    torch.testing.assert_close(norm.denormalize(norm.normalize(x)), x, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.mark.parametrize("hyper", ["none", "delta"])
+def test_a_run_updates_everything_and_logs_finite_numbers(tmp_path, hyper):
+    run_dir = run(tmp_path, hyper=hyper, total_timesteps=128)
+    rows = metrics(run_dir)
+    assert len(rows) == 4
+    for row in rows:
+        logged = {k: float(v) for k, v in row.items() if v != ""}
+        assert all(math.isfinite(x) for x in logged.values())
+        assert ("losses/smooth_loss" in logged) == (hyper == "delta")
+    checkpoint = load_checkpoint(run_dir)
+    torch.manual_seed(1)  # main seeds with 1 and builds the actor first
+    fresh = Actor(checkpoint["spec"], Args(**checkpoint["args"])).state_dict()
+    unmoved = [name for name, x in checkpoint["actor"].items() if torch.equal(x, fresh[name])]
+    assert not unmoved
+    assert (run_dir / "learning_curve.png").stat().st_size > 1000
+    assert json.loads((run_dir / "args.json").read_text())["hyper"] == hyper
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path):
+    a, b, c = (metrics(run(tmp_path, name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize("hyper", ["none", "delta"])
+def test_resume_gives_the_numbers_of_an_uninterrupted_run(tmp_path, hyper, monkeypatch):
+    halfway = tmp_path / "halfway"
+
+    def copy_third(checkpoint, path, save=hyper_mappo.save_checkpoint):
+        save(checkpoint, path)
+        if checkpoint["update"] == 3:
+            shutil.copytree(path.parent, halfway)
+
+    monkeypatch.setattr(hyper_mappo, "save_checkpoint", copy_third)
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, total_timesteps=6 * 32, save_every=3, hyper=hyper)
+    whole = run(tmp_path, "whole", **flags)
+    assert cli(["--resume", str(halfway)]) == 0
+    assert metrics(halfway) == metrics(whole)
+    assert len(metrics(whole)) == 6
+    for name, x in load_checkpoint(whole)["actor"].items():
+        assert torch.equal(x, load_checkpoint(halfway)["actor"][name]), name
+
+
+def test_first_minibatch_sees_the_policy_that_acted(tmp_path):
+    # With one epoch of one minibatch the ratio is 1: acting and updating share weights, masks and hidden states,
+    # across the episode ends (max_cycles 13) that fall into the rollouts.
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=16, update_epochs=1, num_minibatches=1)
+    for row in metrics(run(tmp_path, total_timesteps=5 * 64, **flags)):
+        assert abs(float(row["losses/approx_kl"])) < 1e-6
+        assert float(row["losses/clipfrac"]) == 0.0
+
+
+def test_truncated_episodes_bootstrap_from_their_final_state(tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(rewards, values, next_values, terminations, ended, *rest, gae=compute_gae):
+        seen.update(values=values, next_values=next_values, over=ended.all(-1))
+        return gae(rewards, values, next_values, terminations, ended, *rest)
+
+    monkeypatch.setattr(hyper_mappo, "compute_gae", spy)
+    run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=16, total_timesteps=64, num_minibatches=1)
+    over = seen["over"][:-1]
+    assert over.any()
+    assert torch.equal(seen["next_values"][:-1][~over], seen["values"][1:][~over])
+    assert not torch.isclose(seen["next_values"][:-1][over], seen["values"][1:][over]).any()
+    assert (seen["next_values"][:-1][over] != 0).all()
+
+
+ENVS = [
+    ("sisl/pursuit_v5", {"max_cycles": 6, "n_evaders": 5}),
+    ("butterfly/knights_archers_zombies_v11", {"max_cycles": 12}),
+    ("butterfly/pistonball_v6", {"max_cycles": 4, "n_pistons": 4, "continuous": True}),
+    ("butterfly/pistonball_v6", {"max_cycles": 4, "n_pistons": 4, "continuous": False}),
+    ("mpe2.simple_spread_v3", {"max_cycles": 5}),
+    ("mpe2.simple_speaker_listener_v4", {"max_cycles": 5}),
+]
+
+
+@pytest.mark.parametrize("env_id, env_kwargs", ENVS)
+@pytest.mark.parametrize("hyper", ["none", "delta"])
+def test_two_updates_on_genuine_envs(tmp_path, env_id, env_kwargs, hyper):
+    flags = dict(num_envs=2, num_steps=6, total_timesteps=24, backend="pettingzoo", update_epochs=1)
+    rows = metrics(run(tmp_path, env_id=env_id, env_kwargs=json.dumps(env_kwargs), hyper=hyper, **flags))
+    assert [row["update"] for row in rows] == ["1", "2"]
+    assert all(math.isfinite(float(row[name])) for row in rows for name in LOSSES[:6])
+
+
+@pytest.mark.parametrize("env_id", ["pursuit", "stag_hunt", "stag_hunt-8x8-4h2s"])
+def test_two_updates_on_batched_envs(tmp_path, env_id):
+    run_dir = run(tmp_path, env_id=env_id)
+    assert len(metrics(run_dir)) == 2
+    assert json.loads((run_dir / "args.json").read_text())["resolved_backend"] == "batched"
+
+
+@pytest.mark.parametrize(
+    "env, hyper, optimum", [("own_number", "none", 8.0), ("tell_the_other", "delta", 8.0), ("remember", "delta", 1.0)]
+)
+def test_tiny_cooperative_envs_are_learnt(tmp_path, env, hyper, optimum):
+    # own_number needs no hypernetwork, tell_the_other the attention over agents, remember the history.
+    flags = dict(num_envs=16, num_steps=32, num_minibatches=4, hidden_size=32, context_size=32, hyper_basis=4)
+    flags |= dict(total_timesteps=40_000, learning_rate=2e-3, hyper_learning_rate=3e-3, eval_episodes=50)
+    run_dir = run(tmp_path, env_id=f"tests.tiny_envs:{env}", hyper=hyper, **flags)
+    assert json.loads((run_dir / "eval.json").read_text())["mean_return"] >= 0.95 * optimum
+
+
+# ------------------------------------------------------------------------------------------ files, signals, errors
+
+
+def test_checkpoint_serves_other_programs(tmp_path):
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT)
+    run_dir = run(tmp_path, **flags)
+    env = hyper_mappo.make_vec_env("pursuit", 2, "cpu", 0, **json.loads(SMALL_PURSUIT))
+    policy, critic = load_policy(run_dir), load_critic(run_dir)
+    step, hidden = env.reset(3), policy.initial_state(2)
+    for _ in range(15):
+        actions, hidden = policy.act(step, hidden)
+        step = env.step(actions)
+    assert critic(step.state).shape == (2, 3) and actions.shape == (2, 3)
+
+
+def test_evaluation_is_reproducible_and_only_evaluates(tmp_path, capsys):
+    run_dir = run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT)
+    before = (run_dir / "metrics.csv").read_text()
+    reports = []
+    for _ in range(2):
+        assert cli(["--evaluate", str(run_dir), "--eval-episodes", "3", "--capture-video"]) == 0
+        reports.append(json.loads((run_dir / "eval.json").read_text()))
+    assert reports[0] == reports[1] and len(reports[0]["returns"]) == 3
+    assert reports[0]["backend"] == "pettingzoo"
+    assert (run_dir / "video.gif").stat().st_size > 1000
+    assert (run_dir / "metrics.csv").read_text() == before
+    assert "return per agent" in capsys.readouterr().out
+
+
+def test_sigterm_saves_and_the_run_can_go_on(tmp_path):
+    command = [sys.executable, "hyper_mappo.py", "--env-id", "pursuit", "--env-kwargs", SMALL_PURSUIT]
+    command += ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--total-timesteps", "3200000"]
+    command += ["--runs-dir", str(tmp_path), "--eval-episodes", "0", "--save-every", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not any(len(metrics(p.parent)) > 2 for p in tmp_path.glob("*/metrics.csv")):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    (run_dir,) = tmp_path.iterdir()
+    update = load_checkpoint(run_dir)["update"]
+    assert f"stopped after update {update}" in out and str(len(metrics(run_dir))) == str(update)
+    steps = str((update + 2) * 32)
+    assert cli(["--resume", str(run_dir), "--total-timesteps", steps]) == 0
+    assert len(metrics(run_dir)) == update + 2
+
+
+def test_nan_observation_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    flags = ["--env-id", "tests.tiny_envs:turns_nan", "--num-env-procs", "0", "--num-envs", "2", "--num-steps", "8"]
+    flags += ["--num-minibatches", "1", "--total-timesteps", "1600", "--save-every", "1", "--runs-dir", str(tmp_path)]
+    assert cli(flags) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (run_dir,) = tmp_path.iterdir()
+    last = load_checkpoint(run_dir)
+    assert f"update {last['update'] + 1}: an observation is NaN" in error and str(run_dir / "latest.pt") in error
+    assert all(x.isfinite().all() for x in last["actor"].values())
+
+
+def test_nan_loss_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(hyper_mappo, "entropy", lambda dist, discrete: dist.sum(-1) * float("nan"))
+    with pytest.raises(FloatingPointError, match="update 1: .*losses/entropy is nan"):
+        run(tmp_path)
+
+
+BAD_ARGUMENTS = {
+    "unknown env, near match": (["--env-id", "sisl/pursiut_v5"], "did you mean sisl/pursuit_v5"),
+    "no parallel API": (["--env-id", "classic/chess_v6"], "parallel"),
+    "env argument": (["--env-id", "pursuit", "--env-kwargs", '{"evaders": 3}'], "n_evaders"),
+    "env kwargs no JSON": (["--env-kwargs", "n_evaders=3"], "JSON"),
+    "minibatches": (["--num-envs", "8", "--num-minibatches", "3"], "does not divide"),
+    "zero updates": (["--total-timesteps", "100"], "no update"),
+    "num_envs": (["--num-envs", "0"], "at least 1"),
+    "hyper flag without hypernetwork": (["--hyper", "none", "--hyper-basis", "2"], "--hyper-basis would do nothing"),
+    "heads": (["--context-size", "30"], "multiple"),
+    "missing run": (["--resume", "no/such/run"], "no checkpoint"),
+    "batched without twin": (["--env-id", "mpe2.simple_spread_v3", "--backend", "batched"], "batched"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_end_in_one_line(tmp_path, capsys, monkeypatch, name):
+    flags, message = BAD_ARGUMENTS[name]
+    monkeypatch.setattr(hyper_mappo, "make_vec_env", lambda *a, **k: pytest.fail("an env was made"))
+    assert cli([*flags, "--runs-dir", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_checkpoints_end_in_one_line(tmp_path, capsys):
+    run_dir = run(tmp_path)
+    foreign, cut = tmp_path / "foreign", tmp_path / "cut"
+    for folder in (foreign, cut):
+        folder.mkdir()
+    torch.save({"format": "somebody/1"}, foreign / "latest.pt")
+    whole = (run_dir / "latest.pt").read_bytes()
+    (cut / "latest.pt").write_bytes(whole[: len(whole) // 2])
+    finished = ["--resume", str(run_dir)]
+    for flags, message in [
+        (["--resume", str(foreign)], "has format 'somebody/1'"),
+        (["--resume", str(cut)], "not a readable checkpoint"),
+        ([*finished, "--hidden-size", "32"], "--hidden-size 32 contradicts"),
+        (finished, "raise --total-timesteps"),
+    ]:
+        assert cli(flags) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_unwritable_run_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert cli(["--env-id", "tests.tiny_envs:own_number", "--runs-dir", str(tmp_path / "file")]) == 2
+    assert "cannot write the run folder" in capsys.readouterr().err
+
+
+def test_boolean_flags_mean_what_they_say(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(hyper_mappo, "main", lambda args: seen.update(args=args))
+    assert cli(["--no-anneal-lr", "--no-cuda", "--norm-adv"]) == 0
+    assert seen["args"] == replace(Args(), anneal_lr=False, cuda=False)
+    with pytest.raises(SystemExit):
+        cli(["--anneal-lr", "False"])
+
+
+def test_track_without_login_logs_offline(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    given = {}
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "api", type("Api", (), {"api_key": None}))
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs))
+    hyper_mappo.start_wandb(Args(), tmp_path)
+    assert given["mode"] == "offline" and given["sync_tensorboard"]
+    assert "wandb sync" in capsys.readouterr().out
+
+
+def test_every_tag_is_explained_once():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for tag in COLUMNS[2:]:
+        assert len(re.findall(rf"^\| `{re.escape(tag)}` ", text, flags=re.M)) == 1, tag
