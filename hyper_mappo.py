@@ -49,6 +49,10 @@ CHECKPOINT_FORMAT = "hyper_mappo/1"
 EVAL_SEED = 1_000_000  # keeps the seeds of evaluation apart from those of training
 
 
+class UsageError(ValueError):
+    """Something the user can put right: ends the command line with one line and exit code 2."""
+
+
 @dataclass
 class Args:
     exp_name: str = "hyper_mappo"
@@ -126,10 +130,12 @@ class Args:
     """what carries the context over time"""
     context_size: int = 32
     """width of the context"""
-    context_heads: int = 4
+    context_heads: int = 2
     """attention heads over agents"""
-    hyper_basis: int = 4
+    hyper_basis: int = 16
     """the delta is a context-weighted sum of this many learned deltas; context_size: the plain linear head"""
+    hyper_rank: int = 1
+    """rank of each learned delta of a layer; 0: full"""
     smooth_coef: float = 0.1
     """weight of the mean squared change of theta between consecutive steps of one episode"""
     align_coef: float = 0.05
@@ -152,9 +158,11 @@ class Args:
 # What a run's weights and episodes in flight depend on: --resume refuses to change these.
 FIXED_BY_CHECKPOINT = (
     "env_id env_kwargs backend seed num_envs num_steps hidden_size agent_id value_norm hyper history context_size "
-    "context_heads hyper_basis"
+    "context_heads hyper_basis hyper_rank"
 ).split()
-HYPER_ONLY = "history context_size context_heads hyper_basis smooth_coef align_coef hyper_learning_rate".split()
+HYPER_ONLY = (
+    "history context_size context_heads hyper_basis hyper_rank smooth_coef align_coef hyper_learning_rate".split()
+)
 # The numbers of ppo_loss, logged as means over all minibatches of an update.
 LOSSES = (
     "losses/policy_loss losses/value_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac "
@@ -209,39 +217,36 @@ class Trunk(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """context_t from everyone's observations and history, and the coefficients of the weight deltas.
+    """context_t from everyone's observations and history, and the actor's weight deltas made from it.
 
-    delta_theta(c) = sum_k alpha_k(c) B_k with learned B_k and a zero-initialised alpha: training starts at
-    the base actor (Bias-HyperInit, Beck et al. 2022), and no weight tensor per sample is ever built, since
-    x delta_W = sum_k alpha_k (x B_k). hyper_basis = context_size is the plain linear head: alpha is the
-    context itself, and the B_k are what starts at zero.
+    delta_theta(c) = sum_k alpha_k(c) B_k with learned B_k, which start at zero: training starts at exactly the base
+    actor (Bias-HyperInit, Beck et al. 2022). alpha is a linear function of the context; with hyper_basis =
+    context_size it is the context itself. No weight tensor per sample is ever built:
+      full B_k (hyper_rank 0):    x delta_W = sum_k alpha_k (x B_k)
+      B_k = U_k V_k of rank r:    x delta_W = (alpha * (x V)) U, a fraction of the layer's own multiplications.
     """
 
-    def __init__(self, spec: dict, layer_sizes: list[tuple[int, int]], args: Args):
+    def __init__(self, num_features: int, layer_sizes: list[tuple[int, int]], args: Args):
         super().__init__()
-        C, K = args.context_size, args.hyper_basis
+        C, K, r = args.context_size, args.hyper_basis, args.hyper_rank
         self.context_size, self.heads, self.history = C, args.context_heads, args.history
-        self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"])
-        self.encoder = layer_init(nn.Linear(self.trunk.num_features, C))
+        self.encoder = layer_init(nn.Linear(num_features, C))
         self.qkv = layer_init(nn.Linear(C, 3 * C), 1.0)
         self.attention_out = layer_init(nn.Linear(C, C), 1.0)
         if self.history != "none":
             self.rnn = nn.GRUCell(C, C) if self.history == "gru" else nn.LSTMCell(C, C)
             for name, param in self.rnn.named_parameters():
                 nn.init.zeros_(param) if "bias" in name else nn.init.orthogonal_(param)
-        self.alpha = None
-        if K < C:
-            self.alpha = nn.Linear(C, K)
-            nn.init.zeros_(self.alpha.weight)
-            nn.init.zeros_(self.alpha.bias)
-        self.basis_weights = nn.ParameterList()
-        self.basis_biases = nn.ParameterList()
-        for size_in, size_out in layer_sizes:
-            weight = torch.zeros(K, size_out, size_in)
-            if self.alpha is not None:
-                nn.init.normal_(weight, std=1 / math.sqrt(size_in))
-            self.basis_weights.append(nn.Parameter(weight))
-            self.basis_biases.append(nn.Parameter(torch.zeros(K, size_out)))
+        self.alpha = layer_init(nn.Linear(C, K), 1.0) if K != C else nn.Identity()
+        self.basis, self.rank = K, r
+        self.down, self.up = nn.ModuleList(), nn.ParameterList()
+        for size_in, size_out in layer_sizes:  # B_k covers weight and bias of its layer: [out, in + 1]
+            self.down.append(layer_init(nn.Linear(size_in, K * r if r else K * size_out), 1.0))  # V, or B itself
+            if r:
+                self.up.append(nn.Parameter(torch.zeros(size_out, K * r)))  # U
+            else:
+                nn.init.zeros_(self.down[-1].weight)
+        self.num_generated = sum(i * o + o for i, o in layer_sizes)
 
     @property
     def hidden_size(self) -> int:
@@ -249,15 +254,15 @@ class HyperNetwork(nn.Module):
         return {"none": 0, "gru": 1, "lstm": 2}[self.history] * self.context_size
 
     def context(
-        self, obs: torch.Tensor, active: torch.Tensor, starts: torch.Tensor, hidden: torch.Tensor
+        self, features: torch.Tensor, active: torch.Tensor, starts: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """obs [T, N, A, *O], active [T, N, A], starts [T, N] (an episode opens here), hidden [N, A, hidden_size]
+        """features [T, N, A, F], active [T, N, A], starts [T, N] (an episode opens here), hidden [N, A, hidden_size]
 
         -> context [T, N, A, C], hidden after step T. Reads *all* agents' observations: centralised execution.
         """
         T, N, A = active.shape
         C = self.context_size
-        x = F.relu(self.encoder(self.trunk(obs)))  # [T, N, A, C]
+        x = self.encoder(features).relu_()  # [T, N, A, C]
         q, k, v = self.qkv(x).reshape(T * N, A, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         # Agents that left are nobody's key; an agent always sees itself, so that no row is empty.
         keys = active.reshape(T * N, 1, 1, A) | torch.eye(A, dtype=torch.bool, device=active.device)
@@ -266,37 +271,46 @@ class HyperNetwork(nn.Module):
         if self.history == "none":
             return x, hidden
         keep = (~starts).float().repeat_interleave(A, dim=1).unsqueeze(-1)  # [T, N] -> [T, N*A, 1]
-        x = x.reshape(T, N * A, C)
         hidden = hidden.reshape(N * A, self.hidden_size)
+        # The inputs' share of all gates at once: only the hidden state's share has to go step by step.
+        inputs = F.linear(x.reshape(T, N * A, C), self.rnn.weight_ih, self.rnn.bias_ih)  # [T, N*A, gates * C]
         contexts = []
         for t in range(T):
-            hidden = hidden * keep[t]
-            if self.history == "gru":
-                hidden = self.rnn(x[t], hidden)
-            else:
-                hidden = torch.cat(self.rnn(x[t], hidden.split(C, dim=-1)), dim=-1)
+            hidden = self.rnn_step(inputs[t], hidden * keep[t])
             contexts.append(hidden[:, :C])
         return torch.stack(contexts).reshape(T, N, A, C), hidden.reshape(N, A, self.hidden_size)
 
-    def coefficients(self, context: torch.Tensor) -> torch.Tensor:
-        """[..., C] -> alpha [..., K]"""
-        return context if self.alpha is None else self.alpha(context)
+    def rnn_step(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """nn.GRUCell (or nn.LSTMCell, h and c side by side) after W_ih x + b_ih: [B, gates * C] -> [B, hidden_size]"""
+        C = self.context_size
+        recurrent = F.linear(hidden[:, :C], self.rnn.weight_hh, self.rnn.bias_hh)
+        if self.history == "gru":
+            reset, update = (inputs[:, : 2 * C] + recurrent[:, : 2 * C]).sigmoid().chunk(2, dim=-1)
+            new = torch.addcmul(inputs[:, 2 * C :], reset, recurrent[:, 2 * C :]).tanh()
+            return torch.lerp(new, hidden, update)
+        i, f, g, o = (inputs + recurrent).chunk(4, dim=-1)
+        cell = f.sigmoid() * hidden[:, C:] + i.sigmoid() * g.tanh()
+        return torch.cat([o.sigmoid() * cell.tanh(), cell], dim=-1)
 
-    def delta(self, layer: int, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        """x delta_W + delta_b of one actor layer: x [..., in], alpha [..., K] -> [..., out]"""
-        weight, bias = self.basis_weights[layer], self.basis_biases[layer]  # [K, out, in], [K, out]
-        y = F.linear(x, weight.flatten(0, 1), bias.flatten())  # [..., K*out]
-        return (y.unflatten(-1, bias.shape) * alpha.unsqueeze(-1)).sum(-2)
+    def add_delta(self, layer: int, y: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """y + x delta_W + delta_b of one actor layer: y [..., out], x [..., in], alpha [..., K] -> [..., out]"""
+        z = self.down[layer](x).unflatten(-1, (self.basis, -1)) * alpha.unsqueeze(-1)  # [..., K, r or out]
+        if not self.rank:
+            return y + z.sum(-2)
+        return torch.addmm(y.flatten(0, -2), z.reshape(-1, self.basis * self.rank), self.up[layer].T).view_as(y)
 
-    def squared_norm(self, alpha: torch.Tensor) -> torch.Tensor:
-        """||sum_k alpha_k B_k||^2 over all weights and biases, exact: [..., K] -> [...]"""
-        flat = torch.cat([p.flatten(1) for p in (*self.basis_weights, *self.basis_biases)], dim=1)  # [K, P]
-        return ((alpha @ (flat @ flat.T)) * alpha).sum(-1)
-
-    @property
-    def num_generated(self) -> int:
-        """P, the number of actor weights that have a delta."""
-        return sum(p[0].numel() for p in (*self.basis_weights, *self.basis_biases))
+    def gram(self) -> torch.Tensor:
+        """<B_k, B_l> over all weights and biases: [K, K]. ||sum_k alpha_k B_k||^2 = alpha^T gram alpha, exactly."""
+        total = 0.0
+        for i, down in enumerate(self.down):
+            rows = torch.cat([down.weight, down.bias.unsqueeze(-1)], dim=-1)  # [K*r or K*out, in + 1]
+            if self.rank:  # <U_k V_k, U_l V_l> = sum over the ranks i, j of (u_ki . u_lj) (v_ki . v_lj)
+                pairs = (self.up[i].T @ self.up[i]) * (rows @ rows.T)  # [K*r, K*r]
+                total = total + pairs.unflatten(0, (-1, self.rank)).unflatten(-1, (-1, self.rank)).sum((1, 3))
+            else:
+                rows = rows.view(self.basis, -1)
+                total = total + rows @ rows.T
+        return total
 
 
 class Actor(nn.Module):
@@ -314,7 +328,7 @@ class Actor(nn.Module):
         layer_init(self.layers[-1], 0.01)
         if not self.discrete:
             self.logstd = nn.Parameter(torch.zeros(spec["num_actions"]))
-        self.hyper = HyperNetwork(spec, layer_sizes, args) if args.hyper != "none" else None
+        self.hyper = HyperNetwork(self.trunk.num_features, layer_sizes, args) if args.hyper != "none" else None
         self.hidden_size = self.hyper.hidden_size if self.hyper else 0
 
     def forward(
@@ -330,19 +344,19 @@ class Actor(nn.Module):
         obs [T, N, A, *O], action_mask [T, N, A, n] or None, active [T, N, A], starts [T, N],
         hidden [N, A, hidden_size] before step 0 -> dist [T, N, A, n], alpha [T, N, A, K] or None, hidden after T.
         """
-        x = self.trunk(obs)  # [T, N, A, features]
+        x = self.trunk(obs)  # [T, N, A, F]
+        alpha = None
+        if self.hyper:
+            context, hidden = self.hyper.context(x, active, starts, hidden)
+            alpha = self.hyper.alpha(context)
         if self.num_ids:
             ids = torch.eye(self.num_ids, device=x.device).expand(*x.shape[:-1], self.num_ids)
             x = torch.cat([x, ids], dim=-1)
-        alpha = None
-        if self.hyper:
-            context, hidden = self.hyper.context(obs, active, starts, hidden)
-            alpha = self.hyper.coefficients(context)
         for i, layer in enumerate(self.layers):
             y = layer(x)
             if alpha is not None:
-                y = y + self.hyper.delta(i, x, alpha)
-            x = F.relu(y) if i + 1 < len(self.layers) else y
+                y = self.hyper.add_delta(i, y, x, alpha)
+            x = y.relu_() if i + 1 < len(self.layers) else y
         if not self.discrete:
             return torch.cat([x, self.logstd.expand_as(x)], dim=-1), alpha, hidden
         if action_mask is not None:
@@ -359,9 +373,9 @@ class Critic(nn.Module):
         H = args.hidden_size
         self.layers = nn.Sequential(
             layer_init(nn.Linear(self.trunk.num_features, H)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Linear(H, H)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Linear(H, spec["num_agents"]), 1.0),
         )
 
@@ -478,16 +492,21 @@ def compute_gae(
 
 
 def smoothness(
-    hyper: HyperNetwork, alpha: torch.Tensor, active: torch.Tensor, starts: torch.Tensor
+    alpha: torch.Tensor, gram: torch.Tensor, active: torch.Tensor, starts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much theta changes between consecutive steps of one episode: mean squared change per weight, mean norm.
+    """How much theta changes between consecutive steps of one episode: mean ||change||^2, mean ||change|| (no grad).
 
-    alpha [T, N, A, K], active [T, N, A], starts [T, N] -> two scalars. A step that opens an episode has no
-    predecessor, an agent that left has no successor.
+    alpha [T, N, A, K], gram [K, K], active [T, N, A], starts [T, N] -> two scalars. A step that opens an episode has
+    no predecessor, an agent that left has no successor.
     """
     pairs = (active[1:] & active[:-1] & ~starts[1:].unsqueeze(-1)).float()  # [T-1, N, A]
-    change = hyper.squared_norm(alpha[1:] - alpha[:-1])
-    return masked_mean(change, pairs) / hyper.num_generated, masked_mean(change.detach().clamp(min=0).sqrt(), pairs)
+    change = quadratic_form(alpha[1:] - alpha[:-1], gram)
+    return masked_mean(change, pairs), masked_mean(change.detach().sqrt(), pairs)
+
+
+def quadratic_form(alpha: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """alpha^T gram alpha, never below 0 by rounding: [..., K] -> [...]"""
+    return ((alpha @ gram) * alpha).sum(-1).clamp(min=0)
 
 
 def ppo_loss(
@@ -518,10 +537,12 @@ def ppo_loss(
     loss = pg_loss - args.ent_coef * entropy_bonus + args.vf_coef * v_loss
     smooth_loss = align_kl = delta_norm = step_change = torch.zeros_like(loss)
     if actor.hyper:
-        smooth_loss, step_change = smoothness(actor.hyper, alpha, mb["active"], mb["starts"])
+        gram = actor.hyper.gram()
+        change, step_change = smoothness(alpha, gram, mb["active"], mb["starts"])
+        smooth_loss = change / actor.hyper.num_generated
         align_kl = masked_mean(kl_divergence(mb["dists"], dist, actor.discrete), weights)
         loss = loss + args.smooth_coef * smooth_loss + args.align_coef * align_kl
-        delta_norm = masked_mean(actor.hyper.squared_norm(alpha.detach()).clamp(min=0).sqrt(), weights)
+        delta_norm = masked_mean(quadratic_form(alpha.detach(), gram.detach()).sqrt(), weights)
 
     # The two estimates of KL(old || new): http://joschu.net/blog/kl-approx.html
     old_approx_kl, approx_kl = masked_mean(-logratio, weights), masked_mean((ratio - 1) - logratio, weights)
@@ -574,54 +595,32 @@ def evaluate(
     return {"returns": torch.stack(returns), "lengths": torch.stack(lengths)}
 
 
-def evaluate_run(actor: Actor, args: Args, run_dir: Path, device: torch.device) -> dict:
+def evaluate_run(actor: Actor, args: Args, run_dir: Path, device: torch.device) -> None:
     """The closing evaluation, always on the genuine env with seeds of its own: prints, eval.json, video.gif."""
-    env_kwargs = json.loads(args.env_kwargs)
+    env_kwargs, seed = json.loads(args.env_kwargs), args.seed + EVAL_SEED
     if args.eval_episodes:
         num_procs = min(env_procs(args, "pettingzoo"), args.eval_episodes)
-        num_envs = min(args.eval_episodes, max(1, num_procs))
-        env = make_vec_env(
-            args.env_id, num_envs, device, args.seed, backend="pettingzoo", num_env_procs=num_procs, **env_kwargs
-        )
-        played = evaluate(actor, env, args.eval_episodes, args.seed + EVAL_SEED, args.eval_deterministic)
+        env = make_vec_env(args.env_id, max(1, num_procs), device, seed, "pettingzoo", num_procs, **env_kwargs)
+        played = evaluate(actor, env, args.eval_episodes, seed, args.eval_deterministic)
         env.close()
         team = played["returns"].mean(dim=1)  # [episodes, A] -> [episodes]
-        half = (
-            math.nan if len(team) == 1 else float(team.std() * student_t.ppf(0.975, len(team) - 1) / len(team) ** 0.5)
-        )
-        report = {
-            "env_id": env.env_id,
-            "backend": env.backend,
-            "episodes": len(team),
-            "seed": args.seed + EVAL_SEED,
-            "deterministic": args.eval_deterministic,
-            "mean_return": float(team.mean()),
-            "interval_95": half if len(team) > 1 else None,
-            "mean_return_per_agent": played["returns"].mean(dim=0).tolist(),
-            "mean_length": float(played["lengths"].float().mean()),
-            "returns": team.tolist(),
-        }
+        n = len(team)
+        half = float(team.std() * student_t.ppf(0.975, n - 1) / math.sqrt(n)) if n > 1 else math.nan
+        report = {"env_id": env.env_id, "backend": env.backend, "episodes": n, "seed": seed}
+        report |= {"deterministic": args.eval_deterministic, "mean_return": float(team.mean())}
+        report |= {"interval_95": half if n > 1 else None, "returns": team.tolist()}
+        report |= {"mean_return_per_agent": played["returns"].mean(dim=0).tolist()}
+        report |= {"mean_length": float(played["lengths"].float().mean())}
         (run_dir / "eval.json").write_text(json.dumps(report, indent=2))
-        print(
-            f"evaluation on genuine {env.env_id}: return per agent {team.mean():.2f} ± {half:.2f} "
-            f"(95 % interval, {len(team)} episodes), length {report['mean_length']:.0f}"
-        )
+        result = f"return per agent {team.mean():.2f} ± {half:.2f} (95 % interval, {n} episodes)"
+        print(f"evaluation on genuine {env.env_id}: {result}, length {report['mean_length']:.0f}")
     if args.capture_video:
-        env = make_vec_env(
-            args.env_id,
-            1,
-            device,
-            args.seed,
-            backend="pettingzoo",
-            num_env_procs=0,
-            render_mode="rgb_array",
-            **env_kwargs,
-        )
+        env = make_vec_env(args.env_id, 1, device, seed, "pettingzoo", render_mode="rgb_array", **env_kwargs)
         frames: list[np.ndarray] = []
-        evaluate(actor, env, 1, args.seed + EVAL_SEED, args.eval_deterministic, frames)
+        evaluate(actor, env, 1, seed, args.eval_deterministic, frames)
         env.close()
         imageio.mimsave(run_dir / "video.gif", frames, duration=60, loop=0)
-        print(f"video: {run_dir / 'video.gif'} ({len(frames)} frames)")
+        print(f"video    {run_dir / 'video.gif'} ({len(frames)} frames)")
 
 
 # --- same in: pretrain_vae.py, world_model.py [checkpoint files] ---
@@ -636,18 +635,18 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 
 
 def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The checkpoint dict of a run folder (or of a .pt file). ValueError: missing, unreadable or another script's."""
+    """The checkpoint dict of a run folder (or of a .pt file). UsageError: missing, unreadable or another script's."""
     path = Path(run_dir)
     path = path / "latest.pt" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}: give a run folder that holds latest.pt")
+        raise UsageError(f"no checkpoint at {path}: give a run folder that holds latest.pt")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): give another run") from error
+        raise UsageError(f"{path} is not a readable checkpoint ({type(error).__name__}): give another run") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} has format {found!r}, expected {CHECKPOINT_FORMAT!r}: give a run of this script")
+        raise UsageError(f"{path} has format {found!r}, expected {CHECKPOINT_FORMAT!r}: give a run of this script")
     return checkpoint
 
 
@@ -655,35 +654,28 @@ def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> 
 
 
 class Policy:
-    """A trained actor for other programs: hidden = initial_state(N), then actions, hidden = act(step, hidden).
-
-    The episode that `step` opens is known from the step before it, hence `starts` is kept inside `hidden`.
-    """
+    """A run folder's policy for other programs: hidden = initial_state(N), then actions, hidden = act(step, hidden)."""
 
     def __init__(self, run_dir: str | Path, device: str | torch.device = "cpu"):
         checkpoint = load_checkpoint(run_dir, device)
         self.args, self.spec, self.device = Args(**checkpoint["args"]), checkpoint["spec"], torch.device(device)
-        self.actor = Actor(self.spec, self.args).to(device)
+        self.actor = Actor(self.spec, self.args).to(device).requires_grad_(False)
         self.actor.load_state_dict(checkpoint["actor"])
-        self.actor.requires_grad_(False)
 
     def initial_state(self, num_envs: int) -> torch.Tensor:
         return torch.zeros(num_envs, self.spec["num_agents"], self.actor.hidden_size, device=self.device)
 
-    def act(
-        self, step: EnvStep, hidden: torch.Tensor, deterministic: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def act(self, step: EnvStep, hidden: torch.Tensor, deterministic: bool = False) -> tuple[torch.Tensor, ...]:
+        """-> actions [N, A] or [N, A, D], hidden. Where the last `step` ended an episode, hidden starts afresh."""
         actions, _, hidden = act(self.actor, step, step.episode_over, hidden, deterministic)
         return actions, hidden
 
 
-def load_policy(run_dir: str | Path, device: str | torch.device = "cpu") -> Policy:
-    """The policy of a run folder. ValueError as load_checkpoint."""
-    return Policy(run_dir, device)
+load_policy = Policy
 
 
 def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
-    """V of a run folder, in units of return: state [..., *S] -> values [..., A]. ValueError as load_checkpoint."""
+    """V of a run folder, in units of return: state [..., *S] -> values [..., A]. UsageError as load_checkpoint."""
     checkpoint = load_checkpoint(run_dir, device)
     args = Args(**checkpoint["args"])
     critic = Critic(checkpoint["spec"], args).to(device)
@@ -718,46 +710,49 @@ def env_procs(args: Args, backend: str) -> int:
 
 
 def check_args(args: Args) -> tuple[str, int]:
-    """Everything that can be wrong before an env is made: ValueError in one line. -> backend, num_envs"""
+    """Everything that can be wrong before an env is made: UsageError in one line. -> backend, num_envs"""
+
+    def flag(name: str) -> str:
+        return "--" + name.replace("_", "-")
+
+    for name in (
+        "num_envs",
+        "num_steps",
+        "num_minibatches",
+        "update_epochs",
+        "hidden_size",
+        "save_every",
+        "hyper_basis",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{flag(name)} must be at least 1, got {value}")
+    if args.hyper == "none":
+        given = [flag(name) for name in HYPER_ONLY if getattr(args, name) != getattr(Args, name)]
+        if given:
+            raise UsageError(
+                f"{', '.join(given)} would do nothing with --hyper none: leave out, or choose --hyper delta"
+            )
+    if args.context_size % args.context_heads:
+        raise UsageError(f"--context-size {args.context_size} is no multiple of --context-heads {args.context_heads}")
     try:
         env_kwargs = json.loads(args.env_kwargs)
-        assert isinstance(env_kwargs, dict)
-    except (json.JSONDecodeError, AssertionError):
-        raise ValueError(
-            f"--env-kwargs must be a JSON object like '{{\"max_cycles\": 100}}', got {args.env_kwargs!r}"
-        ) from None
-    if args.num_envs is not None and args.num_envs < 1:
-        raise ValueError(f"--num-envs must be at least 1, got {args.num_envs}")
-    for name in ("num_steps", "num_minibatches", "update_epochs", "hidden_size", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.hyper == "none":
-        given = [f"--{name.replace('_', '-')}" for name in HYPER_ONLY if getattr(args, name) != getattr(Args, name)]
-        if given:
-            raise ValueError(
-                f"{', '.join(given)} would do nothing with --hyper none: leave it out, or choose --hyper delta"
-            )
-    elif args.context_size % args.context_heads:
-        raise ValueError(
-            f"--context-size {args.context_size} is not a multiple of --context-heads {args.context_heads}"
-        )
-    elif not 1 <= args.hyper_basis <= args.context_size:
-        raise ValueError(
-            f"--hyper-basis must lie in 1 ... --context-size ({args.context_size}), got {args.hyper_basis}"
-        )
-    backend = check_env(args.env_id, args.backend, env_kwargs)
+        backend = check_env(args.env_id, args.backend, env_kwargs)
+    except json.JSONDecodeError:
+        raise UsageError(f"--env-kwargs must be JSON like '{{\"max_cycles\": 100}}', got {args.env_kwargs!r}") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     num_envs = args.num_envs or (256 if backend == "batched" else 8)
     batch = num_envs * args.num_steps
     if args.total_timesteps < batch:
-        raise ValueError(
+        raise UsageError(
             f"--total-timesteps {args.total_timesteps} gives no update: one rollout takes {batch} env steps "
             f"({num_envs} envs x {args.num_steps} steps); raise it, or lower --num-envs or --num-steps"
         )
-    units, what = (
-        (num_envs, "envs (a hypernetwork keeps whole env sequences)") if args.hyper != "none" else (batch, "env steps")
-    )
-    if units % args.num_minibatches:
-        raise ValueError(f"--num-minibatches {args.num_minibatches} does not divide {units} {what}: choose a divisor")
+    sequences = batch if args.hyper == "none" else num_envs  # a hypernetwork's minibatches keep whole env sequences
+    if sequences % args.num_minibatches:
+        what = "env steps of a rollout" if args.hyper == "none" else "envs"
+        raise UsageError(f"--num-minibatches {args.num_minibatches} does not divide the {sequences} {what}")
     return backend, num_envs
 
 
@@ -788,13 +783,31 @@ class StopSignal:
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request)
+        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(self, number: int, frame: object) -> None:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nstopping after this update (Ctrl-C again: at once, losing it)", file=sys.stderr)
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def new_run_dir(args: Args) -> Path:
+    """Makes runs/<env>__<script>__<seed>__<unix time>, a second later where another run has that name."""
+    env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
+    for stamp in itertools.count(int(time.time())):
+        run_dir = Path(args.runs_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except OSError as error:
+            if not run_dir.is_dir():
+                raise UsageError(
+                    f"cannot write the run folder {run_dir} ({error.strerror}): choose another --runs-dir"
+                ) from None
 
 
 def start_wandb(args: Args, run_dir: Path) -> None:
@@ -804,18 +817,9 @@ def start_wandb(args: Args, run_dir: Path) -> None:
     mode = os.environ.get("WANDB_MODE")
     if mode is None and wandb.api.api_key is None:
         mode = "offline"
-        print(
-            f"W&B: no login found, logging offline; upload later with: wandb sync {run_dir / 'wandb' / 'offline-run-*'}"
-        )
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        name=run_dir.name,
-        dir=run_dir,
-        config=asdict(args),
-        sync_tensorboard=True,
-        mode=mode,
-    )
+        print(f"W&B: no login found, logging offline; upload with: wandb sync {run_dir / 'wandb' / 'offline-run-*'}")
+    names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+    wandb.init(**names, dir=run_dir, config=asdict(args), sync_tensorboard=True, mode=mode)
 
 
 def plot_learning_curve(run_dir: Path) -> None:
@@ -840,7 +844,7 @@ def plot_learning_curve(run_dir: Path) -> None:
 
 
 def main(args: Args) -> Path:
-    """Trains (or resumes, or only evaluates); returns the run folder. ValueError: unusable arguments."""
+    """Trains (or resumes, or only evaluates); returns the run folder. UsageError: unusable arguments."""
     # ---- arguments
     backend, num_envs = check_args(args)
     T, N = args.num_steps, num_envs
@@ -848,21 +852,12 @@ def main(args: Args) -> Path:
     num_updates = args.total_timesteps // batch_size
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint and checkpoint["update"] >= num_updates:
-        raise ValueError(
-            f"{args.resume} has already done {checkpoint['update']} of {num_updates} updates: raise --total-timesteps"
-        )
+        done = f"{checkpoint['update']} of {num_updates} updates"
+        raise UsageError(f"{args.resume} has already done {done}: raise --total-timesteps")
 
     # ---- logging
-    env_name = re.sub(r"[^A-Za-z0-9.-]+", "-", args.env_id)
-    run_name = f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume) if args.resume else Path(args.runs_dir) / run_name
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps({**asdict(args), "resolved_backend": backend}, indent=2))
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the run folder {run_dir} ({error.strerror}): choose another --runs-dir"
-        ) from None
+    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
+    (run_dir / "args.json").write_text(json.dumps({**asdict(args), "resolved_backend": backend}, indent=2))
     if args.track:
         start_wandb(args, run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
@@ -878,33 +873,19 @@ def main(args: Args) -> Path:
 
     # ---- envs
     envs = make_vec_env(
-        args.env_id,
-        N,
-        device,
-        args.seed,
-        backend=backend,
-        num_env_procs=env_procs(args, backend),
-        **json.loads(args.env_kwargs),
+        args.env_id, N, device, args.seed, backend, env_procs(args, backend), **json.loads(args.env_kwargs)
     )
     spec = env_spec(envs)
 
     # ---- networks
-    actor, critic, value_norm = (
-        Actor(spec, args).to(device),
-        Critic(spec, args).to(device),
-        ValueNorm(args.value_norm).to(device),
-    )
+    actor, critic = Actor(spec, args).to(device), Critic(spec, args).to(device)
+    value_norm = ValueNorm(args.value_norm).to(device)
     hyper_params = list(actor.hyper.parameters()) if actor.hyper else []
-    hyper_ids = {id(p) for p in hyper_params}
-    base_params = [p for p in actor.parameters() if id(p) not in hyper_ids]
-    optimizer = torch.optim.Adam(
-        [
-            {"params": base_params + list(critic.parameters()), "initial_lr": args.learning_rate},
-            *([{"params": hyper_params, "initial_lr": args.hyper_learning_rate}] if hyper_params else []),
-        ],
-        lr=args.learning_rate,
-        eps=1e-5,
-    )
+    base_params = [p for name, p in actor.named_parameters() if not name.startswith("hyper.")]
+    groups = [{"params": base_params + list(critic.parameters()), "initial_lr": args.learning_rate}]
+    if actor.hyper:
+        groups.append({"params": hyper_params, "initial_lr": args.hyper_learning_rate})
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)
     counts = [sum(p.numel() for p in params) for params in (base_params, hyper_params, critic.parameters())]
     no_gpu = " (no CUDA device found)" if args.cuda and device.type == "cpu" else ""
     print(f"run      {run_dir}")
@@ -922,16 +903,11 @@ def main(args: Args) -> Path:
         step = envs.reset(args.seed)
     else:
         if checkpoint["spec"] != spec:
-            raise ValueError(
-                f"{args.resume} was trained on {checkpoint['spec']}, this env is {spec}: install its version"
-            )
-        for name, module in (
-            ("actor", actor),
-            ("critic", critic),
-            ("value_norm", value_norm),
-            ("optimizer", optimizer),
-        ):
-            module.load_state_dict(checkpoint[name])
+            raise UsageError(f"{args.resume} is of env {checkpoint['spec']}, here it is {spec}: install its version")
+        actor.load_state_dict(checkpoint["actor"])
+        critic.load_state_dict(checkpoint["critic"])
+        value_norm.load_state_dict(checkpoint["value_norm"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
         global_step, first_update = checkpoint["global_step"], checkpoint["update"] + 1
         if checkpoint["env_state"] is None:
             print("this env cannot restore episodes in flight: new ones start, from a seed of their own")
@@ -987,15 +963,13 @@ def main(args: Args) -> Path:
             next_values = torch.cat([rollout["values"][1:], last_values.unsqueeze(0)])  # [T, N, A]
             next_values = torch.where(rollout["episode_over"].unsqueeze(-1), rollout["cut_values"], next_values)
             advantages, returns = compute_gae(
-                rollout["rewards"],
-                rollout["values"],
-                next_values,
-                rollout["terminations"],
-                rollout["ended"],
+                *(rollout["rewards"], rollout["values"], next_values, rollout["terminations"], rollout["ended"]),
                 args.gamma,
                 args.gae_lambda,
             )
-            explained_var = 1 - masked_var(returns - rollout["values"], weights) / masked_var(returns, weights)
+            explained_var = 1 - masked_var(returns - rollout["values"], weights) / masked_var(returns, weights).clamp(
+                min=1e-8
+            )
             if args.norm_adv:
                 advantages = advantages - masked_mean(advantages, weights)
                 advantages = advantages / (masked_var(advantages, weights).sqrt() + 1e-8)
@@ -1062,6 +1036,7 @@ def main(args: Args) -> Path:
             break
 
     # ---- close
+    stop.restore()
     progress.close()
     metrics_file.close()
     envs.close()
@@ -1085,22 +1060,21 @@ def cli(argv: list[str] | None = None) -> int:
             args = tyro.cli(Args, args=argv, default=saved)
             for name in FIXED_BY_CHECKPOINT:
                 if getattr(args, name) != getattr(saved, name):
-                    raise ValueError(
+                    raise UsageError(
                         f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the checkpoint's "
                         f"{getattr(saved, name)}: leave it out, or start a new run"
                     )
         if args.evaluate:
             device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-            check_env(args.env_id, "pettingzoo", json.loads(args.env_kwargs))
             evaluate_run(load_policy(args.evaluate, device).actor, args, Path(args.evaluate), device)
         else:
             main(args)
-    except ValueError as error:
+    except (UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -493,7 +493,7 @@ def _check_arguments(num_envs: int, **kwargs: Any) -> None:
     # Does everyone find room in every window? Tried out, because the genuine env may search for ever where not.
     x_size, y_size = kwargs["x_size"], kwargs["y_size"]
     windows = list(itertools.product(_windows(x_size, window), _windows(y_size, window)))
-    windows = windows[:: math.ceil(len(windows) / 512)] * math.ceil(256 / len(windows))
+    windows = windows[:: math.ceil(len(windows) / 512)] * math.ceil(1024 / len(windows))
     (x_low, x_high), (y_low, y_high) = torch.tensor(windows).permute(1, 2, 0)  # [M] each
     free = ~_wall(x_size, y_size) & _inside(x_size, y_size, [x_low, y_low], [x_high, y_high])  # [M, Y, X]
     room = free.sum((1, 2)).min().item()
@@ -516,16 +516,19 @@ def _windows(size: int, window: float) -> list[tuple[int, int]]:
 
 
 def place_in_genuine(genuine: Any, pursuers: list, evaders: list) -> None:
-    """Puts everyone of a genuine env (pettingzoo's class Pursuit, freshly reset) at (x, y); (-1, -1): caught."""
-    genuine.reset()
-    for pursuer, (x, y) in zip(genuine.pursuers, pursuers, strict=True):
-        pursuer.set_position(x, y)
-    for evader, (x, y) in zip(genuine.evaders, evaders, strict=True):
-        evader.set_position(x, y)
+    """Puts everyone of a genuine env (pettingzoo's class Pursuit) at (x, y); evaders at (-1, -1) are caught."""
+    from pettingzoo.sisl.pursuit.utils.agent_layer import AgentLayer
+    from pettingzoo.sisl.pursuit.utils.agent_utils import create_agents
+
     caught = [x == -1 for x, _ in evaders]
-    for i in reversed(range(len(evaders))):
-        if caught[i]:
-            genuine.evader_layer.remove_agent(i)
+    layers = []
+    for places in (pursuers, [place for place, gone in zip(evaders, caught, strict=True) if not gone]):
+        agents = create_agents(len(places), genuine.map_matrix, genuine.obs_range, genuine.np_random)
+        for agent, (x, y) in zip(agents, places, strict=True):
+            agent.set_position(x, y)
+        layers.append(AgentLayer(genuine.x_size, genuine.y_size, agents))
+    genuine.pursuer_layer, genuine.evader_layer = layers
+    genuine.pursuers, genuine.evaders = (layer.allies for layer in layers)
     genuine.evaders_gone[:] = caught
-    genuine.model_state[1] = genuine.pursuer_layer.get_state_matrix()
-    genuine.model_state[2] = genuine.evader_layer.get_state_matrix()
+    genuine.model_state[0] = genuine.map_matrix
+    genuine.model_state[1], genuine.model_state[2] = (layer.get_state_matrix() for layer in layers)

@@ -177,33 +177,49 @@ def test_masked_actions_are_never_taken_and_give_finite_numbers():
     assert entropy(dist, True).isfinite().all() and kl_divergence(dist, dist.roll(1, 0), True).isfinite().all()
 
 
-def materialised_theta(actor, alpha):
-    """All actor weights of every sample, written out: [..., P]."""
-    deltas = [p.flatten(1) for p in (*actor.hyper.basis_weights, *actor.hyper.basis_biases)]  # each [K, size]
-    base = [layer.weight.flatten() for layer in actor.layers] + [layer.bias for layer in actor.layers]
-    return torch.cat([b + torch.einsum("...k,kp->...p", alpha, d) for b, d in zip(base, deltas, strict=True)], dim=-1)
+def materialised_weights(actor, alpha):
+    """All actor layers of every sample, written out: a list of [..., out, in + 1], the bias in the last column."""
+    K, r, layers = actor.hyper.basis, actor.hyper.rank, []
+    for i, layer in enumerate(actor.layers):
+        rows = torch.cat([actor.hyper.down[i].weight, actor.hyper.down[i].bias[:, None]], dim=1)
+        if r:
+            basis = torch.stack(
+                [actor.hyper.up[i][:, k * r : (k + 1) * r] @ rows[k * r : (k + 1) * r] for k in range(K)]
+            )
+        else:
+            basis = rows.view(K, *layer.weight.shape[:1], -1)
+        base = torch.cat([layer.weight, layer.bias[:, None]], dim=1)
+        layers.append(base + torch.einsum("...k,koi->...oi", alpha, basis))
+    return layers
 
 
+@pytest.mark.parametrize("hyper_rank", [0, 1, 3])
 @pytest.mark.parametrize("hyper_basis", [2, 8])
-def test_applied_delta_equals_materialised_weights(hyper_basis):
-    actor, _ = random_actor(hyper_basis=hyper_basis)
+def test_applied_delta_equals_materialised_weights(hyper_basis, hyper_rank):
+    actor, args = random_actor(hyper_basis=hyper_basis, hyper_rank=hyper_rank)
     obs, _, active, starts = random_inputs()
     dist, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
-    for index in [(0, 0, 0), (2, 1, 2), (5, 3, 1)]:
-        x = obs[index]
-        for i, layer in enumerate(actor.layers):
-            weight = layer.weight + torch.einsum("k,koi->oi", alpha[index], actor.hyper.basis_weights[i])
-            bias = layer.bias + alpha[index] @ actor.hyper.basis_biases[i]
-            x = weight @ x + bias
-            x = x.relu() if i < 2 else x
-        torch.testing.assert_close(dist[index], x.log_softmax(-1), rtol=1e-4, atol=1e-5)
+    target = torch.randn_like(dist)
+    (dist * target).sum().backward()
+    fast = {name: p.grad.clone() for name, p in actor.named_parameters()}
+    actor.zero_grad()
+    _, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    x = obs
+    for i, weight in enumerate(materialised_weights(actor, alpha)):
+        x = torch.einsum("...oi,...i->...o", weight, torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
+        x = x.relu() if i < 2 else x.log_softmax(-1)
+    torch.testing.assert_close(dist, x, rtol=1e-5, atol=1e-5)
+    (x * target).sum().backward()
+    for name, p in actor.named_parameters():
+        torch.testing.assert_close(fast[name], p.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_smoothness_equals_a_loop_written_out():
-    actor, _ = random_actor()
+@pytest.mark.parametrize("hyper_rank", [0, 1, 3])
+def test_smoothness_equals_a_loop_written_out(hyper_rank):
+    actor, _ = random_actor(hyper_rank=hyper_rank)
     obs, _, active, starts = random_inputs()
     _, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
-    theta = materialised_theta(actor, alpha)
+    theta = torch.cat([w.flatten(-2) for w in materialised_weights(actor, alpha)], dim=-1)  # [T, N, A, P]
     squares, norms = [], []
     for t in range(1, 6):
         for n in range(4):
@@ -211,11 +227,12 @@ def test_smoothness_equals_a_loop_written_out():
                 if starts[t, n] or not active[t, n, a] or not active[t - 1, n, a]:
                     continue
                 change = theta[t, n, a] - theta[t - 1, n, a]
-                squares.append((change**2).mean())
+                squares.append((change**2).sum())
                 norms.append(change.norm())
     assert len(squares) == 5 * 4 * 3 - 3 - 3  # the restart of env 2, and agent 1 of env 0 after it left
-    smooth, step_change = smoothness(actor.hyper, alpha, active, starts)
-    torch.testing.assert_close(smooth, torch.stack(squares).mean(), rtol=1e-4, atol=1e-7)
+    assert theta.shape[-1] == actor.hyper.num_generated
+    smooth, step_change = smoothness(alpha, actor.hyper.gram(), active, starts)
+    torch.testing.assert_close(smooth, torch.stack(squares).mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(step_change, torch.stack(norms).mean(), rtol=1e-4, atol=1e-6)
 
 
@@ -234,11 +251,14 @@ def test_hypernetwork_starts_at_the_base_actor_and_then_matters(history):
     for i, layer in enumerate(actor.layers):
         x = layer(x).relu() if i < 2 else layer(x)
     torch.testing.assert_close(with_hyper, x.log_softmax(-1))
-    actor.hyper.alpha.bias.data += 1.0
+    for up in actor.hyper.up:
+        up.data += 1.0
     assert (actor(obs, None, active, starts, hidden)[0] - with_hyper).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("flags", [{}, {"history": "lstm"}, {"hyper_basis": 8}, {"agent_id": True}, {"hyper": "none"}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"history": "lstm"}, {"hyper_basis": 8}, {"hyper_rank": 0}, {"agent_id": True}, {"hyper": "none"}]
+)
 @pytest.mark.parametrize("discrete", [True, False])
 def test_gradients_reach_every_parameter(flags, discrete):
     actor, args = random_actor(discrete, **flags)
@@ -262,6 +282,16 @@ def test_acting_step_by_step_equals_the_update_over_the_sequence(history):
         dist, _, hidden = actor(*one, hidden)
         torch.testing.assert_close(dist[0], sequence[t], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(hidden, last, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("history, cell", [("gru", torch.nn.GRUCell), ("lstm", torch.nn.LSTMCell)])
+def test_rnn_step_equals_torch(history, cell):
+    actor, _ = random_actor(history=history)
+    rnn, x, hidden = actor.hyper.rnn, torch.randn(10, 8), torch.randn(10, actor.hidden_size)
+    assert type(rnn) is cell
+    expected = rnn(x, hidden) if history == "gru" else torch.cat(rnn(x, hidden.chunk(2, dim=-1)), dim=-1)
+    inputs = torch.nn.functional.linear(x, rnn.weight_ih, rnn.bias_ih)
+    torch.testing.assert_close(actor.hyper.rnn_step(inputs, hidden), expected)
 
 
 def test_history_is_forgotten_at_an_episode_start_only():
@@ -502,7 +532,7 @@ BAD_ARGUMENTS = {
     "zero updates": (["--total-timesteps", "100"], "no update"),
     "num_envs": (["--num-envs", "0"], "at least 1"),
     "hyper flag without hypernetwork": (["--hyper", "none", "--hyper-basis", "2"], "--hyper-basis would do nothing"),
-    "heads": (["--context-size", "30"], "multiple"),
+    "heads": (["--context-size", "31"], "multiple"),
     "missing run": (["--resume", "no/such/run"], "no checkpoint"),
     "batched without twin": (["--env-id", "mpe2.simple_spread_v3", "--backend", "batched"], "batched"),
 }
@@ -542,6 +572,13 @@ def test_unwritable_run_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert cli(["--env-id", "tests.tiny_envs:own_number", "--runs-dir", str(tmp_path / "file")]) == 2
     assert "cannot write the run folder" in capsys.readouterr().err
+
+
+def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(hyper_mappo.time, "time", lambda: 1000.5)
+    args = Args(env_id="a/b:c", runs_dir=str(tmp_path))
+    folders = [hyper_mappo.new_run_dir(args).name for _ in range(3)]
+    assert folders == [f"a-b-c__hyper_mappo__1__{stamp}" for stamp in (1000, 1001, 1002)]
 
 
 def test_boolean_flags_mean_what_they_say(monkeypatch):
