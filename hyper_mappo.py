@@ -32,6 +32,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+# Before torch is imported: threads that spin while they wait for each other make small operations many times slower
+# as soon as other programs use the cores too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import gymnasium as gym
 import imageio
 import numpy as np
@@ -63,6 +67,8 @@ class Args:
     """deterministic CUDA kernels"""
     cuda: bool = True
     """train on the GPU if there is one; without one the CPU is used and said so"""
+    num_threads: int | None = 1
+    """CPU threads of one PyTorch operation; None: PyTorch's choice. The operations are small: more seldom pays"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases (offline, with a notice, when there is no login)"""
     wandb_project_name: str = "hyper-marl"
@@ -83,13 +89,13 @@ class Args:
     num_env_procs: int | None = None
     """worker processes of the pettingzoo backend; 0: none; None: one per CPU core (0 on Windows)"""
 
-    total_timesteps: int = 3_000_000
+    total_timesteps: int = 2_000_000
     """env steps to train for, summed over envs (one step of one env moves all its agents)"""
     learning_rate: float = 5e-4
     """Adam's learning rate of actor and critic"""
     num_envs: int | None = None
-    """environments stepped side by side; None: 256 batched, 8 genuine"""
-    num_steps: int = 64
+    """environments stepped side by side; None: 128 batched, 8 genuine"""
+    num_steps: int = 32
     """env steps of each env per rollout"""
     anneal_lr: bool = True
     """lower the learning rates linearly to 0"""
@@ -275,21 +281,23 @@ class HyperNetwork(nn.Module):
         # The inputs' share of all gates at once: only the hidden state's share has to go step by step.
         inputs = F.linear(x.reshape(T, N * A, C), self.rnn.weight_ih, self.rnn.bias_ih)  # [T, N*A, gates * C]
         contexts = []
-        for t in range(T):
-            hidden = self.rnn_step(inputs[t], hidden * keep[t])
-            contexts.append(hidden[:, :C])
+        # (unbind and split rather than indexing: their gradients are one copy instead of a zero tensor per step)
+        for inputs_t, keep_t in zip(inputs.unbind(), keep.unbind(), strict=True):
+            hidden = self.rnn_step(inputs_t, hidden * keep_t)
+            contexts.append(hidden[:, :C] if self.history == "lstm" else hidden)
         return torch.stack(contexts).reshape(T, N, A, C), hidden.reshape(N, A, self.hidden_size)
 
     def rnn_step(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """nn.GRUCell (or nn.LSTMCell, h and c side by side) after W_ih x + b_ih: [B, gates * C] -> [B, hidden_size]"""
         C = self.context_size
-        recurrent = F.linear(hidden[:, :C], self.rnn.weight_hh, self.rnn.bias_hh)
         if self.history == "gru":
-            reset, update = (inputs[:, : 2 * C] + recurrent[:, : 2 * C]).sigmoid().chunk(2, dim=-1)
-            new = torch.addcmul(inputs[:, 2 * C :], reset, recurrent[:, 2 * C :]).tanh()
-            return torch.lerp(new, hidden, update)
-        i, f, g, o = (inputs + recurrent).chunk(4, dim=-1)
-        cell = f.sigmoid() * hidden[:, C:] + i.sigmoid() * g.tanh()
+            recurrent = F.linear(hidden, self.rnn.weight_hh, self.rnn.bias_hh)
+            (gates, new), (recurrent_gates, recurrent_new) = (x.split([2 * C, C], dim=-1) for x in (inputs, recurrent))
+            reset, update = (gates + recurrent_gates).sigmoid().chunk(2, dim=-1)
+            return torch.lerp(torch.addcmul(new, reset, recurrent_new).tanh(), hidden, update)
+        h, cell = hidden.chunk(2, dim=-1)
+        i, f, g, o = (inputs + F.linear(h, self.rnn.weight_hh, self.rnn.bias_hh)).chunk(4, dim=-1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         return torch.cat([o.sigmoid() * cell.tanh(), cell], dim=-1)
 
     def add_delta(self, layer: int, y: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -742,7 +750,7 @@ def check_args(args: Args) -> tuple[str, int]:
         raise UsageError(f"--env-kwargs must be JSON like '{{\"max_cycles\": 100}}', got {args.env_kwargs!r}") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
-    num_envs = args.num_envs or (256 if backend == "batched" else 8)
+    num_envs = args.num_envs or (128 if backend == "batched" else 8)
     batch = num_envs * args.num_steps
     if args.total_timesteps < batch:
         raise UsageError(
@@ -869,6 +877,8 @@ def main(args: Args) -> Path:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
     last_good = f"last good checkpoint: {run_dir / 'latest.pt'}"
 
     # ---- envs
@@ -897,10 +907,12 @@ def main(args: Args) -> Path:
     global_step, first_update = 0, 1
     hidden = torch.zeros(N, envs.num_agents, actor.hidden_size, device=device)
     starts = torch.ones(N, dtype=torch.bool, device=device)  # step.obs opens an episode
+    whole = torch.zeros(N, dtype=torch.bool, device=device)  # the episode has its full time limit
 
     # ---- resume
     if checkpoint is None:
         step = envs.reset(args.seed)
+        envs.spread_time_limits()  # so that a rollout holds all phases of an episode
     else:
         if checkpoint["spec"] != spec:
             raise UsageError(f"{args.resume} is of env {checkpoint['spec']}, here it is {spec}: install its version")
@@ -912,9 +924,10 @@ def main(args: Args) -> Path:
         if checkpoint["env_state"] is None:
             print("this env cannot restore episodes in flight: new ones start, from a seed of their own")
             step = envs.reset(args.seed + global_step)
+            envs.spread_time_limits()
         else:
             step = envs.load_state_dict(checkpoint["env_state"])
-            hidden, starts = checkpoint["hidden"].to(device), checkpoint["starts"].to(device)
+            hidden, starts, whole = (checkpoint[name].to(device) for name in ("hidden", "starts", "whole"))
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
@@ -949,7 +962,8 @@ def main(args: Args) -> Path:
             ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
             record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)
             record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
-            over = step.episode_over.float()
+            over = (step.episode_over & whole).float()  # first episodes may be cut short: not reported
+            whole = whole | step.episode_over
             sums = [over, over * step.episode_returns.mean(dim=1), over * step.episode_lengths]
             episodes += torch.stack(sums).sum(dim=1)
         global_step += batch_size
@@ -1028,7 +1042,7 @@ def main(args: Args) -> Path:
             checkpoint |= {"update": update, "global_step": global_step}
             checkpoint |= {"actor": actor.state_dict(), "critic": critic.state_dict()}
             checkpoint |= {"value_norm": value_norm.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint |= {"env_state": envs.state_dict(), "hidden": hidden, "starts": starts}
+            checkpoint |= {"env_state": envs.state_dict(), "hidden": hidden, "starts": starts, "whole": whole}
             checkpoint |= {"torch_rng": torch.get_rng_state()}
             checkpoint |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
             save_checkpoint(checkpoint, run_dir / "latest.pt")

@@ -24,6 +24,7 @@ from hyper_mappo import (
     cli,
     compute_gae,
     entropy,
+    evaluate,
     kl_divergence,
     load_checkpoint,
     load_critic,
@@ -456,6 +457,25 @@ def test_tiny_cooperative_envs_are_learnt(tmp_path, env, hyper, optimum):
     flags |= dict(total_timesteps=40_000, learning_rate=2e-3, hyper_learning_rate=3e-3, eval_episodes=50)
     run_dir = run(tmp_path, env_id=f"tests.tiny_envs:{env}", hyper=hyper, **flags)
     assert json.loads((run_dir / "eval.json").read_text())["mean_return"] >= 0.95 * optimum
+
+
+@pytest.mark.parametrize(
+    "env_id, kwargs", [("pursuit", {**json.loads(SMALL_PURSUIT), "max_cycles": 40}), ("stag_hunt", {})]
+)
+def test_a_trained_policy_scores_the_same_on_twin_and_genuine_env(tmp_path, env_id, kwargs):
+    flags = dict(num_envs=64, num_steps=16, total_timesteps=40_960, hidden_size=32, context_size=16)
+    run_dir = run(tmp_path, env_id=env_id, env_kwargs=json.dumps(kwargs), learning_rate=2e-3, **flags)
+    actor, returns = load_policy(run_dir).actor, {}
+    for backend, num_envs in (("batched", 100), ("pettingzoo", 2)):
+        env = hyper_mappo.make_vec_env(env_id, num_envs, "cpu", 0, backend=backend, **kwargs)
+        returns[backend] = evaluate(actor, env, 200, seed=5)["returns"].mean(dim=1)  # [200, A] -> [200]
+        env.close()
+    twin, genuine = returns["batched"], returns["pettingzoo"]
+    interval = 1.96 * (twin.var() / 200 + genuine.var() / 200).sqrt()
+    assert abs(twin.mean() - genuine.mean()) < 1.5 * interval
+    env = hyper_mappo.make_vec_env(env_id, 100, "cpu", 0, **kwargs)
+    untrained = evaluate(Actor(load_checkpoint(run_dir)["spec"], Args(hyper="none")), env, 200, seed=5)
+    assert twin.mean() > untrained["returns"].mean() + interval  # it did learn something
 
 
 # ------------------------------------------------------------------------------------------ files, signals, errors

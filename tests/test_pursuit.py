@@ -2,12 +2,15 @@
 
 import collections
 import io
+import os
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from pettingzoo.sisl import pursuit_v5
+from pettingzoo.sisl.pursuit.pursuit_base import Pursuit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs.pursuit import PursuitVecEnv, place_in_genuine
@@ -33,11 +36,14 @@ class Genuine:
 
     def __init__(self, dictated: bool, **kwargs):
         self.controller = Dictated() if dictated else None
-        self.env = pursuit_v5.parallel_env(**kwargs, evader_controller=self.controller)
+        with mock.patch.object(Pursuit, "reset"):  # draws a start, for ever where too little room is left
+            self.env = pursuit_v5.parallel_env(**kwargs, evader_controller=self.controller)
         self.base = self.env.unwrapped.env
+        self.base.reset = lambda: None
 
     def start(self, pursuers, evaders):
         self.env.reset()
+        self.base.frames = 0
         place_in_genuine(self.base, pursuers.tolist(), evaders.tolist())
 
     def see(self):
@@ -53,14 +59,15 @@ class Genuine:
 
 
 def random_arguments(rng: np.random.Generator) -> dict:
-    """Any arguments that the twin accepts; maps are small and often crowded."""
+    """Any arguments that the twin accepts; most maps are small and crowded."""
     while True:
+        large = rng.random() < 0.1
         kwargs = {
-            "x_size": int(rng.integers(1, 11)),
-            "y_size": int(rng.integers(1, 11)),
+            "x_size": int(rng.integers(10, 18) if large else rng.integers(1, 11)),
+            "y_size": int(rng.integers(10, 18) if large else rng.integers(1, 11)),
             "max_cycles": int(rng.choice([1, 2, 5, 12, 25])),
             "shared_reward": bool(rng.integers(2)),
-            "n_evaders": int(rng.choice([1, 2, 3, 6])),
+            "n_evaders": int(rng.choice([1, 2, 3, 6]) * (5 if large else 1)),
             "n_pursuers": int(rng.choice([1, 2, 4, 5, 8])),
             "obs_range": int(rng.choice([1, 3, 5, 7, 9])),
             "n_catch": int(rng.integers(1, 4)),
@@ -124,7 +131,7 @@ def compare(kwargs: dict, rng: np.random.Generator, episodes: int, N: int = 4, n
                 obs, rewards, terminations, truncations = genuine[n].step(actions[n], moves[n].numpy())
                 np.testing.assert_array_equal(step.final_obs[n], obs)
                 np.testing.assert_array_equal(step.final_state[n], genuine[n].env.state())
-                np.testing.assert_allclose(step.rewards[n], rewards, rtol=0, atol=1e-6)
+                np.testing.assert_allclose(step.rewards[n], rewards, rtol=1e-6, atol=1e-6)
                 np.testing.assert_array_equal(step.terminations[n], terminations)
                 np.testing.assert_array_equal(step.truncations[n].expand(env.num_agents), truncations)
                 returns[n] += rewards
@@ -148,10 +155,11 @@ def compare(kwargs: dict, rng: np.random.Generator, episodes: int, N: int = 4, n
 def test_twin_equals_genuine_env_in_every_argument():
     rng = np.random.default_rng(1)
     met = collections.Counter()
-    for index in range(80):
+    for index in range(int(os.environ.get("PARITY_SETS", 80))):
         met += compare(random_arguments(rng), rng, episodes=8, no_sync=index % 4 == 0)
+    print(dict(met))
     assert met["episodes"] >= 300
-    assert min(met.values()) >= 10, met
+    assert min(met.values()) >= 5, met
 
 
 def test_twin_equals_genuine_env_at_full_size():
@@ -196,7 +204,7 @@ def test_starts_follow_the_genuine_law(no_sync):
     for _ in range(20):
         env.step(torch.full((1000, 3), 4))  # every step is an episode
         ours += torch.cat(env.positions(), 1).flatten(1).tolist()
-    base = Genuine(False, **kwargs).base
+    base = Pursuit(**kwargs)
     base._seed(1)
     genuine = []
     for _ in range(8000):
@@ -216,13 +224,13 @@ def test_free_evaders_move_as_in_the_genuine_env():
     env.set_positions(pursuers.expand(20_000, 1, 2), evaders.expand(20_000, 4, 2))
     env.step(torch.full((20_000, 1), 4))
     ours = env.positions()[1].flatten(1).tolist()
-    genuine = Genuine(False, **kwargs)
-    genuine.base._seed(1)
+    genuine = Pursuit(**kwargs)
+    genuine._seed(1)
     theirs = []
     for _ in range(3000):
-        place_in_genuine(genuine.base, pursuers.tolist(), evaders.tolist())
-        genuine.base.step(4, 0, True)
-        theirs.append([int(k) for evader in genuine.base.evaders for k in evader.current_position()])
+        place_in_genuine(genuine, pursuers.tolist(), evaders.tolist())
+        genuine.step(4, 0, True)
+        theirs.append([int(k) for evader in genuine.evaders for k in evader.current_position()])
     for i, j in ((0, 1), (2, 3), (0, 3)):
         pairs = ([(*row[2 * i : 2 * i + 2], *row[2 * j : 2 * j + 2]) for row in rows] for rows in (ours, theirs))
         assert_same_law(*pairs)
@@ -358,3 +366,39 @@ def test_wrong_actions_do_no_harm_without_a_check():
     env.no_sync = other.no_sync = True
     wild, tame = torch.tensor([[-(2**60), 2**60] * 4] * 2), torch.tensor([[0, 4] * 4] * 2)
     assert torch.equal(env.step(wild).obs, other.step(tame).obs)
+
+
+def test_speed_benchmark_measures_every_env(tmp_path, capsys):
+    from benchmark import env_speed
+
+    plot = tmp_path / "speed.png"
+    env_speed.main(
+        env_speed.Args(
+            env_ids=("pursuit", "stag_hunt"), num_envs=(1, 4), supersuit=((2, 1),), seconds=0.05, rounds=1, plot=plot
+        )
+    )
+    printed = capsys.readouterr().out
+    for line in (
+        "pursuit: ",
+        "stag_hunt: ",
+        "genuine, one process",
+        "SuperSuit, 2 envs",
+        "batched, 4 envs",
+        "launches: ",
+    ):
+        assert line in printed
+    assert plot.stat().st_size > 1000
+
+
+def test_spread_time_limits_end_first_episodes_at_all_times_and_later_ones_in_full():
+    env = PursuitVecEnv(400, "cpu", 0, max_cycles=20, n_evaders=5)
+    env.reset(seed=1)
+    env.spread_time_limits()
+    ended_at, actions = torch.zeros(400, dtype=torch.int64), torch.full((400, 8), 4)
+    for t in range(1, 41):
+        step = env.step(actions)
+        first = step.episode_over & (ended_at == 0)
+        assert (step.episode_lengths[step.episode_over] == 20).all()
+        ended_at[first] = t
+    counts = torch.bincount(ended_at, minlength=21)[1:]
+    assert counts.min() >= 5 and counts.sum() == 400  # 20 each on average

@@ -1,0 +1,254 @@
+"""How fast environments step: genuine, through SuperSuit, and as batches of tensors.
+
+In one run, in turn and several times over, so that a noisy machine slows everyone: the genuine env in one
+process, SuperSuit at several settings, the batched env at several sizes. Random actions; observations and state
+included. Prints medians, ratios to the best SuperSuit setting, and what the batched env spends its time on.
+
+    python benchmark/env_speed.py                                # 2 cores, 5 minutes
+    python benchmark/env_speed.py --env-ids pursuit --device cuda
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before torch is imported: threads that spin while they wait for each other make small operations up to 30 times
+# slower as soon as other programs use the cores too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import matplotlib
+import numpy as np
+import supersuit
+import torch
+import tyro
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
+from envs import VecEnv, make_parallel_env, make_vec_env
+
+
+@dataclass
+class Args:
+    env_ids: tuple[str, ...] = ("pursuit", "stag_hunt")
+    """environments with a batched form"""
+    device: str = "cpu"
+    """where the batched env lives; genuine envs are always on the CPU"""
+    num_envs: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+    """sizes of the batched env"""
+    supersuit: tuple[tuple[int, int], ...] = ((8, 1), (2, 2), (4, 2), (8, 2), (16, 2))
+    """SuperSuit settings: number of envs, number of worker processes (1: none, all in this process)"""
+    seconds: float = 1.0
+    """time for each measurement"""
+    rounds: int = 5
+    """how often everything is measured; medians are reported"""
+    seed: int = 1
+    """of envs and actions"""
+    plot: Path = Path("docs/img/env_speed.png")
+    """where the picture goes"""
+
+
+def steps_per_second(step: Callable[[], object], num_envs: int, seconds: float, device: torch.device) -> float:
+    """Env-steps per second of a function that steps `num_envs` envs; a tenth of the time is warm-up."""
+    start, count, end = time.perf_counter(), 0, seconds / 10
+    for timed in (False, True):
+        while time.perf_counter() - start < end:
+            step()
+            count += timed
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if not timed:
+            start, end = time.perf_counter(), seconds
+    return count * num_envs / (time.perf_counter() - start)
+
+
+def genuine_step(env_id: str, seed: int) -> Callable[[], object]:
+    env = make_parallel_env(env_id)
+    env.reset(seed=seed)
+    rng = np.random.default_rng(seed)
+    num_actions = env.action_space(env.possible_agents[0]).n
+
+    def step() -> None:
+        if not env.agents:
+            env.reset()
+        env.step({agent: int(rng.integers(num_actions)) for agent in env.agents})
+        env.state()
+
+    return step
+
+
+def supersuit_step(env_id: str, num_envs: int, num_cpus: int, seed: int) -> tuple[Callable[[], object], Callable]:
+    """A function that steps, and one that ends the worker processes."""
+    env = supersuit.pettingzoo_env_to_vec_env_v1(supersuit.black_death_v3(make_parallel_env(env_id)))
+    envs = supersuit.concat_vec_envs_v1(env, num_envs, num_cpus=num_cpus, base_class="gymnasium")
+    envs.reset(seed=seed)
+    actions = np.random.default_rng(seed).integers(envs.action_space.n, size=(8, envs.num_envs))
+    turn = iter(range(sys.maxsize))
+    return (lambda: envs.step(actions[next(turn) % 8])), envs.close
+
+
+def batched_step(env: VecEnv, seed: int) -> Callable[[], object]:
+    state = env.state_dict()
+    if "lengths" in state:  # pursuit: as in a long run, episodes are of all ages and some end in every step
+        state["lengths"] = torch.randint(env.max_cycles, (env.num_envs,), device=env.device)
+        env.load_state_dict(state)
+    generator = torch.Generator().manual_seed(seed)
+    actions = torch.randint(env.action_space.n, (8, env.num_envs, env.num_agents), generator=generator).to(env.device)
+    turn = iter(range(sys.maxsize))
+    return lambda: env.step(actions[next(turn) % 8])
+
+
+def memory_per_env(env: VecEnv, step: object) -> float:
+    """Bytes of all tensors that an env holds and that its last step returned."""
+    values = [*vars(env).values(), *vars(step).values()]
+    storages = {s.data_ptr(): s.nbytes() for v in values if isinstance(v, torch.Tensor) for s in [v.untyped_storage()]}
+    return sum(storages.values()) / env.num_envs
+
+
+def profile_steps(env: VecEnv, step: Callable[[], object], num_steps: int = 20) -> tuple[float, list]:
+    """Operations (kernels, on a GPU) per step, and (kind of work, share of the time) in order."""
+    cuda = env.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    for _ in range(3):
+        step()
+    with profile(activities=activities, record_shapes=True) as prof:
+        for _ in range(num_steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+    kinds, launches = {}, 0
+    for event in prof.key_averages(group_by_input_shape=True):
+        name = event.key.removeprefix("aten::")
+        launches += event.count * (name == "cudaLaunchKernel" if cuda else name in WORK)
+        if name == event.key:  # a kernel or a call of the driver: its time is in the operation that made it
+            continue
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        # Observations are rows selected from all maps; other selections are from a small table.
+        first = event.input_shapes[0] if event.input_shapes else []
+        if name == "index_select" and len(first) == 2 and first[0] > 100 * env.num_envs:
+            kind = "building observations"
+        else:
+            kind = WORK.get(name, "everything else (branches, views, allocation)")
+        kinds[kind] = kinds.get(kind, 0) + spent
+    total = sum(kinds.values())
+    return launches / num_steps, sorted(((t / total, kind) for kind, t in kinds.items()), reverse=True)
+
+
+_INDEX, _COUNT, _COPY = "computing indices, rewards and flags", "counting on the maps", "copying and converting"
+_RANDOM, _TABLE = "random numbers", "looking up tables"
+# torch operation -> kind of work
+WORK = {
+    **dict.fromkeys(
+        "add add_ sub mul mul_ eq ne ge gt lt le any all sum amin mean where aminmax max min".split(), _INDEX
+    ),
+    **dict.fromkeys(
+        "bitwise_and bitwise_or bitwise_not neg clamp maximum masked_fill_ cumsum div topk sort".split(), _INDEX
+    ),
+    **dict.fromkeys("gather scatter_add_ scatter_ scatter".split(), _COUNT),
+    **dict.fromkeys("index_select index take index_put_ _index_put_impl_ index_copy_".split(), _TABLE),
+    **dict.fromkeys("copy_ cat clone repeat fill_ zero_".split(), _COPY),
+    **dict.fromkeys("random_ uniform_ multinomial".split(), _RANDOM),
+}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of 64 MB writes."""
+    source = torch.zeros(64 * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 64 * 2**20 * steps_per_second(lambda: target.copy_(source), 1, 1.0, device)
+
+
+def measure(env_id: str, args: Args) -> dict[str, list[float]]:
+    """Prints the table of one env; returns env-steps per second by name, one number per round."""
+    device = torch.device(args.device)
+    cpu = torch.device("cpu")
+    steps = {("genuine, one process", 1, cpu): genuine_step(env_id, args.seed)}
+    closers = []
+    for num_envs, num_cpus in args.supersuit:
+        key = (f"SuperSuit, {num_envs} envs, {num_cpus} process{'es' * (num_cpus > 1)}", num_envs, cpu)
+        steps[key], close = supersuit_step(env_id, num_envs, num_cpus, args.seed)
+        closers.append(close)
+    envs = [make_vec_env(env_id, n, device, args.seed, backend="batched") for n in args.num_envs]
+    for env in envs:
+        steps[(f"batched, {env.num_envs} envs", env.num_envs, device)] = batched_step(env, args.seed)
+
+    speeds = {name: [] for name, _, _ in steps}
+    for _ in range(args.rounds):
+        for (name, num_envs, where), step in steps.items():
+            speeds[name].append(steps_per_second(step, num_envs, args.seconds, where))
+    for close in closers:
+        close()
+
+    best = max((n for n in speeds if n.startswith("SuperSuit")), key=lambda n: statistics.median(speeds[n]))
+    print(f"\n{env_id}: env-steps per second, median of {args.rounds} rounds (lowest ... highest)")
+    print(f"{'':34}{'median':>12}   {'':26}{'x genuine':>11}{'x SuperSuit':>13}")
+    for name, values in speeds.items():
+        spread = f"({min(values):,.0f} ... {max(values):,.0f})"
+        # ratios within a round, where both met the same machine
+        ratios = (
+            statistics.median(v / r for v, r in zip(values, speeds[reference], strict=True))
+            for reference in ("genuine, one process", best)
+        )
+        print(f"{name:34}{statistics.median(values):12,.0f}   {spread:26}" + "".join(f"{r:12,.1f}" for r in ratios))
+
+    env = max(envs, key=lambda e: statistics.median(speeds[f"batched, {e.num_envs} envs"]))
+    step = batched_step(env, args.seed)
+    last = step()
+    out = (last.obs.nbytes + last.state.nbytes) / env.num_envs
+    speed = statistics.median(speeds[f"batched, {env.num_envs} envs"])
+    bandwidth = copy_bandwidth(device)
+    launches, kinds = profile_steps(env, step)
+    alone = 1 / statistics.median(speeds["batched, 1 envs"]) if "batched, 1 envs" in speeds else float("nan")
+    print(f"What bounds it, at {env.num_envs} envs:")
+    print(f"  memory {memory_per_env(env, last):,.0f} bytes per env, results of the last step included")
+    print(
+        f"  bytes: {out:,.0f} of observations and state per env-step, {out * speed / 1e9:.2f} GB/s, "
+        f"{out * speed / bandwidth:.0%} of what a plain copy writes ({bandwidth / 1e9:.1f} GB/s)"
+    )
+    print(
+        f"  launches: {launches:.0f} operations per step; a step of 1 env takes {alone * 1e6:.0f} us, "
+        f"{alone * speed / env.num_envs:.1%} of a step of {env.num_envs}"
+    )
+    for share, kind in kinds:
+        print(f"  {share:4.0%} {kind}")
+    return speeds
+
+
+def draw(results: dict[str, dict[str, list[float]]], args: Args) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for i, (env_id, speeds) in enumerate(results.items()):
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        axes.plot(
+            args.num_envs,
+            [medians[f"batched, {n} envs"] for n in args.num_envs],
+            "o-",
+            color=f"C{i}",
+            label=f"{env_id}, batched",
+        )
+        best = max(m for name, m in medians.items() if name.startswith("SuperSuit"))
+        axes.axhline(best, ls="--", color=f"C{i}", label=f"{env_id}, SuperSuit at its best")
+        axes.axhline(medians["genuine, one process"], ls=":", color=f"C{i}", label=f"{env_id}, genuine, one process")
+    axes.set(xscale="log", yscale="log", xlabel="envs in the batch", ylabel="env-steps per second")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.plot, dpi=120, bbox_inches="tight")
+    print(f"\nplot: {args.plot}")
+
+
+def main(args: Args) -> None:
+    torch.manual_seed(args.seed)
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
+    draw({env_id: measure(env_id, args) for env_id in args.env_ids}, args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
