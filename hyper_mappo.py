@@ -89,7 +89,7 @@ class Args:
     num_env_procs: int | None = None
     """worker processes of the pettingzoo backend; 0: none; None: one per CPU core (0 on Windows)"""
 
-    total_timesteps: int = 2_000_000
+    total_timesteps: int = 1_000_000
     """env steps to train for, summed over envs (one step of one env moves all its agents)"""
     learning_rate: float = 5e-4
     """Adam's learning rate of actor and critic"""
@@ -643,18 +643,18 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 
 
 def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The checkpoint dict of a run folder (or of a .pt file). UsageError: missing, unreadable or another script's."""
+    """The checkpoint dict of a run folder (or of a .pt file). ValueError: missing, unreadable or another script's."""
     path = Path(run_dir)
     path = path / "latest.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}: give a run folder that holds latest.pt")
+        raise ValueError(f"no checkpoint at {path}: give a run folder that holds latest.pt")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise UsageError(f"{path} is not a readable checkpoint ({type(error).__name__}): give another run") from error
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): give another run") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != CHECKPOINT_FORMAT:
-        raise UsageError(f"{path} has format {found!r}, expected {CHECKPOINT_FORMAT!r}: give a run of this script")
+        raise ValueError(f"{path} has format {found!r}, expected {CHECKPOINT_FORMAT!r}: give a run of this script")
     return checkpoint
 
 
@@ -683,7 +683,7 @@ load_policy = Policy
 
 
 def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
-    """V of a run folder, in units of return: state [..., *S] -> values [..., A]. UsageError as load_checkpoint."""
+    """V of a run folder, in units of return: state [..., *S] -> values [..., A]. ValueError as load_checkpoint."""
     checkpoint = load_checkpoint(run_dir, device)
     args = Args(**checkpoint["args"])
     critic = Critic(checkpoint["spec"], args).to(device)
@@ -823,7 +823,7 @@ def start_wandb(args: Args, run_dir: Path) -> None:
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
-    if mode is None and wandb.api.api_key is None:
+    if mode is None and not wandb.login(prompt=False):
         mode = "offline"
         print(f"W&B: no login found, logging offline; upload with: wandb sync {run_dir / 'wandb' / 'offline-run-*'}")
     names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
@@ -1070,7 +1070,10 @@ def cli(argv: list[str] | None = None) -> int:
     try:
         run_dir = args.resume or args.evaluate
         if run_dir:  # the run's own arguments are the defaults, flags given beside them come on top
-            saved = Args(**load_checkpoint(run_dir)["args"])
+            try:
+                saved = Args(**load_checkpoint(run_dir)["args"])
+            except ValueError as error:
+                raise UsageError(str(error)) from None
             args = tyro.cli(Args, args=argv, default=saved)
             for name in FIXED_BY_CHECKPOINT:
                 if getattr(args, name) != getattr(saved, name):

@@ -615,7 +615,7 @@ def test_track_without_login_logs_offline(tmp_path, monkeypatch, capsys):
 
     given = {}
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(wandb, "api", type("Api", (), {"api_key": None}))
+    monkeypatch.setattr(wandb, "login", lambda prompt: prompt)  # False: there is no login, and it did not ask
     monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs))
     hyper_mappo.start_wandb(Args(), tmp_path)
     assert given["mode"] == "offline" and given["sync_tensorboard"]

@@ -1,0 +1,123 @@
+"""Imagined steps per second of WorldModel.rollout, beside the batched env and the genuine env, in one run.
+
+    python benchmark/world_model_speed.py --env-id stag_hunt-8x8-4h1s pursuit
+
+One imagined step is one agent's view one step on; an env step moves all agents, so it is worth as many views as there
+are agents, and the last column divides by that. Weights are random: they do not change the time.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from envs import make_vec_env  # noqa: E402
+from world_model import Args as ModelArgs  # noqa: E402
+from world_model import WorldModel  # noqa: E402
+
+
+@dataclass
+class Args:
+    env_id: tuple[str, ...] = ("stag_hunt-4x4-4h1s", "stag_hunt-8x8-4h1s", "pursuit")
+    """environments to measure"""
+    batch_sizes: tuple[int, ...] = (64, 1024, 4096)
+    """agents' views imagined side by side"""
+    horizon: int = 10
+    """imagined steps per rollout"""
+    seconds: float = 3.0
+    """time spent on each number"""
+    num_threads: int | None = None
+    """CPU threads of torch; None: torch's default"""
+    cuda: bool = True
+    """if set, a GPU is used where there is one"""
+
+
+def steps_per_second(run: Callable[[], int], seconds: float, device: torch.device) -> float:
+    """Calls `run`, which returns how many steps it made, for about `seconds` after one warm-up call."""
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    run()
+    start, steps = wait(), 0
+    while (now := wait()) - start < seconds:
+        steps += run()
+    return steps / (now - start)
+
+
+def random_model(env_id: str, device: torch.device) -> WorldModel:
+    """A model of default size for this env."""
+    env, args = make_vec_env(env_id, 1, device, 0, backend="batched"), ModelArgs()
+    channels = env.obs_shape[-1]
+    config = {
+        "env_id": env_id,
+        "env_kwargs": {},
+        "obs_shape": list(env.obs_shape),
+        "obs_dtype": "uint8",
+        "num_agents": env.num_agents,
+        "action_dim": int(env.action_space.n),
+        "discrete": True,
+        "has_mask": env.reset(0).action_mask is not None,
+        "levels": 1 if "stag_hunt" in env_id else 4,
+        "obs_mean": [0.0] * channels,
+        "obs_std": [1.0] * channels,
+        "hidden_size": args.hidden_size,
+        "loss": "obs",
+        "obs_head": "categorical",
+        "joint_action": "painted",
+        "reward_head": "twohot",
+        "reward_bins": [float(x) for x in range(16)],
+    }
+    return WorldModel(config).to(device).eval()
+
+
+def main(args: Args) -> None:
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    print(f"{device}, {torch.get_num_threads()} CPU threads, horizon {args.horizon}")
+    print(f"{'':34}{'views or':>12}  {'agent steps/s':>14}  {'env steps/s':>12}")
+    for env_id in args.env_id:
+        model = random_model(env_id, device)
+        A, n = model.num_agents, model.action_dim
+        rows = {}
+        for B in args.batch_sizes:
+            env = make_vec_env(env_id, max(1, B // A), device, 0, backend="batched")
+            obs = env.reset(0).obs.flatten(0, 1)  # [N, A, *O] -> [N * A, *O]
+            actions = torch.randint(n, (len(obs), args.horizon, A), device=device)
+
+            def imagine(obs=obs, actions=actions, model=model) -> int:
+                model.rollout(obs, actions)
+                return len(obs) * args.horizon
+
+            def step(env=env, n=n) -> int:
+                env.step(torch.randint(n, (env.num_envs, env.num_agents), device=device))
+                return env.num_envs * env.num_agents
+
+            rows["world model, rollout", B] = imagine
+            rows["batched env, step", B] = step
+        genuine = make_vec_env(env_id, 1, torch.device("cpu"), 0, backend="pettingzoo", num_env_procs=0)
+        genuine.reset(0)
+
+        def step_genuine(env=genuine, n=n) -> int:
+            env.step(torch.randint(n, (1, env.num_agents)))
+            return env.num_agents
+
+        rows["genuine env, step", A] = step_genuine
+        print(env_id)
+        for (name, size), run in sorted(rows.items(), reverse=True):
+            speed = steps_per_second(run, args.seconds, device)
+            print(f"  {name:32}{size:12,}  {speed:14,.0f}  {speed / A:12,.0f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

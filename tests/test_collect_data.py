@@ -1,0 +1,163 @@
+"""Collected data tells what really happened: it is replayed in the genuine game, and who sat where is recorded."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import collect_data
+from collect_data import Args, make_mixes
+from dataset import check_alignment, load_dataset
+from envs.stag_hunt import action_probs
+
+
+def collect(tmp_path, **kwargs):
+    defaults = {"env_id": "stag_hunt", "num_steps": 600, "num_envs": 8, "cuda": False, "data_dir": str(tmp_path)}
+    return load_dataset(collect_data.main(Args(**{**defaults, **kwargs})))
+
+
+@pytest.fixture(scope="module")
+def stag_data(tmp_path_factory):
+    return collect(tmp_path_factory.mktemp("data"), policies=("nearest_stag", "nearest_hare", "random"))
+
+
+def test_all_mixes_of_seats_by_hand():
+    assert make_mixes(2, 3).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 1], [1, 1, 1]]
+    assert len(make_mixes(3, 4)) == 15 and make_mixes(1, 2).tolist() == [[0, 0]]
+
+
+def test_every_mix_is_played_in_turn(stag_data):
+    seats = np.sort(stag_data.policy_ids[stag_data.episode_starts[:-1]], axis=1)
+    played = {tuple(row) for row in seats.tolist()}
+    assert played == set(itertools.combinations_with_replacement(range(3), 4))
+    lopsided = stag_data.policy_ids[stag_data.episode_starts[:-1]]
+    assert len({tuple(row) for row in lopsided.tolist()}) > 15  # the same mix in different seats too
+
+
+def test_rows_are_whole_episodes_and_aligned(stag_data):
+    check_alignment(stag_data)
+    assert 600 <= stag_data.num_steps < 600 + 8 * 35
+    ends = stag_data.episode_starts[1:] - 1
+    left = stag_data.active[ends] & ~stag_data.terminations[ends]
+    assert (stag_data.truncations[ends] | ~left.any(1)).all()
+    assert (stag_data.episode_lengths[stag_data.truncations[ends]] == 35).all()
+
+
+def test_actions_move_the_agents_as_recorded(stag_data):
+    """A second implementation of moving: the agent's own plane before and after, by the recorded action."""
+    steps = {0: (-1, 0), 1: (1, 0), 2: (0, -1), 3: (0, 1)}
+    goes_on = stag_data.active & ~stag_data.terminations
+    for row, seat in np.argwhere(goes_on)[:400]:
+        before = np.argwhere(stag_data.observations[row, seat, ..., 0])[0]
+        after = np.argwhere(stag_data.next_observations[row, seat, ..., 0])[0]
+        np.testing.assert_array_equal(after - before, steps.get(int(stag_data.actions[row, seat]), (0, 0)))
+
+
+def test_recorded_actions_fit_the_recorded_policy(stag_data):
+    """Under the script of another seat some recorded actions would be impossible; under its own none is."""
+    rows, seats = np.nonzero(stag_data.active)
+    obs, masks = (torch.from_numpy(x[rows, seats]) for x in (stag_data.observations, stag_data.action_masks))
+    actions = torch.from_numpy(stag_data.actions[rows, seats])[:, None]
+    policies = torch.from_numpy(stag_data.policy_ids[rows, seats])
+    probs = torch.stack([action_probs(name, obs, masks) for name in stag_data.meta["policies"]], 1)  # [M, K, n]
+    own = probs[torch.arange(len(rows)), policies].gather(1, actions)
+    assert (own > 0).all()
+    other = probs[torch.arange(len(rows)), 1 - policies.clamp(max=1)][policies < 2].gather(1, actions[policies < 2])
+    assert (other == 0).float().mean() > 0.2
+
+
+def test_seats_are_alike(tmp_path):
+    data = collect(tmp_path, num_steps=4000, num_envs=64, policies=("nearest_hare",))
+    returns = data.episode_returns()
+    error = returns.std(0) / np.sqrt(len(returns))
+    assert (np.abs(returns.mean(0) - returns.mean()) < 4 * error + 1e-6).all()
+
+
+def test_a_checkpoint_takes_its_seats(tmp_path):
+    """Its actions are recorded in its seats only, and its memory starts afresh with each episode."""
+    import hyper_mappo
+
+    args = {"env_id": "stag_hunt", "total_timesteps": 256, "num_envs": 8, "num_steps": 32, "num_minibatches": 2}
+    args |= {"eval_episodes": 0, "cuda": False, "runs_dir": str(tmp_path / "runs")}
+    run_dir = str(hyper_mappo.main(hyper_mappo.Args(**args)))
+    policy = hyper_mappo.load_policy(run_dir)
+    assert policy.act.__self__ is policy  # the seam that collect_data.py relies on
+    data = collect(tmp_path / "data", policies=(run_dir, "stay"))
+    assert data.meta["policies"] == [run_dir, "stay"]
+    stays = data.active & (data.policy_ids == 1)
+    assert (data.actions[stays] == 4).all()
+    assert (data.actions[data.active & (data.policy_ids == 0)] != 4).mean() > 0.3
+    with pytest.raises(ValueError, match="has .*'obs_shape': .8, 8, 7.*; use its env"):
+        collect(tmp_path / "other", env_id="stag_hunt-8x8-4h1s", policies=(run_dir,))
+
+
+def test_same_seed_same_data_other_seed_other_data(tmp_path):
+    first, again = (collect(tmp_path / name, num_steps=200) for name in "ab")
+    other = collect(tmp_path / "c", num_steps=200, seed=2)
+    np.testing.assert_array_equal(first.actions, again.actions)
+    assert first.actions.shape != other.actions.shape or (first.actions != other.actions).any()
+
+
+def test_a_killed_collection_goes_on_with_new_episodes(tmp_path, monkeypatch):
+    real, calls = collect_data.DatasetWriter.add, []
+
+    def killed(self, rows, episode_over):
+        real(self, rows, episode_over)
+        calls.append(0)
+        if len(calls) == 70:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect_data.DatasetWriter, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path, num_steps=1500, name="toy")
+    monkeypatch.setattr(collect_data.DatasetWriter, "add", real)
+    with pytest.raises(ValueError, match="--resume"):
+        collect(tmp_path, num_steps=1500, name="toy")
+    data = collect(tmp_path, num_steps=1500, name="toy", resume=True)
+    assert data.num_steps >= 1500
+    check_alignment(data)
+    starts = data.observations[data.episode_starts[:-1], 0].reshape(len(data.episode_lengths), -1)
+    assert len(np.unique(starts, axis=0)) == len(starts)  # no episode twice
+
+
+def test_pursuit_and_the_genuine_env(tmp_path):
+    kwargs = {"env_kwargs": '{"max_cycles": 10}', "num_steps": 40, "num_envs": 2}
+    data = collect(tmp_path / "twin", env_id="pursuit", **kwargs)
+    genuine = collect(tmp_path / "genuine", env_id="pursuit", backend="pettingzoo", **kwargs)
+    for d in (data, genuine):
+        check_alignment(d)
+        assert d.meta["obs_shape"] == [7, 7, 3] and d.num_agents == 8 and d.truncations.sum() == len(d.episode_lengths)
+        assert set(np.unique(d.actions)) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"policies": ("nearest_dog",)}, "nearest_stag.*'nearest_dog'"),
+        ({"env_id": "pursuit", "policies": ("nearest_stag",)}, "expected random or a run folder"),
+        ({"policies": ()}, "at least one"),
+        ({"policies": ("random", "random")}, "different names"),
+        ({"num_steps": 0}, "at least 1"),
+        ({"num_envs": 0}, "num_envs"),
+        ({"env_kwargs": "{max_cycles: 5}"}, "JSON"),
+        ({"env_id": "stag_haunt"}, "stag_hunt"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        collect(tmp_path, **kwargs)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "collect_data.py", "--env-id", "stag_hunt", "--num-steps", "100", "--num-envs", "4"]
+    command += ["--policies", "nearest_stag", "stay", "--data-dir", str(tmp_path), "--name", "a:b/c", "--no-cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "nearest_stag: return" in done.stdout and (tmp_path / "a-b-c" / "summary.png").stat().st_size > 0
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "exists" in done.stderr

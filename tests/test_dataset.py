@@ -1,0 +1,279 @@
+"""The dataset format: what is written is what is read, and what is not whole is not read."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import DatasetWriter, check_alignment, describe, ego_order, load_dataset, make_meta, rotate_to_ego
+
+A, OBS_SHAPE, LENGTHS = 3, (2, 2), (3, 5, 2)  # agents, observation shape, episode length of each of the three envs
+
+
+def tiny_meta(obs_dtype="uint8"):
+    return make_meta(
+        "toy", {"size": 2}, A, OBS_SHAPE, obs_dtype, (4,), "float32", 4, (), True, ["left", "right"], seed=0
+    )
+
+
+def feed(writer, num_steps, first_step=0, break_field=None):
+    """Three envs with episodes of LENGTHS steps; every number tells its env, step and seat."""
+    for step in range(first_step, first_step + num_steps):
+        t = np.array([step % length for length in LENGTHS])
+        episode = np.array([step // length for length in LENGTHS])
+        over = t == np.array(LENGTHS) - 1
+        active = np.ones((3, A), bool)
+        active[:, 2] = t < 1  # seat 2 leaves after its first step
+        seat_code = 10 * np.arange(3)[:, None] + np.arange(A)  # [N, A]
+        obs = np.broadcast_to(
+            (seat_code + 40 * (episode[:, None] % 2))[..., None, None] + t[:, None, None, None], (3, A, 2, 2)
+        )
+        rows = {
+            "observations": obs.astype(np.float32),
+            "next_observations": obs.astype(np.float32) + 1,
+            "states": np.broadcast_to(t[:, None], (3, 4)).astype(np.float32),
+            "actions": (seat_code + t[:, None]) % 4,
+            "rewards": np.where(active, 1.0, 0.0) * (1 + np.arange(A)),
+            "terminations": np.stack([np.zeros(3, bool), np.zeros(3, bool), t == 0], 1),
+            "truncations": over,
+            "active": active,
+            "action_masks": np.ones((3, A, 4), bool),
+            "policy_ids": np.stack([np.arange(3) % 2, np.ones(3), np.zeros(3)], 1).astype(np.int64),
+        }
+        if break_field:
+            break_field(rows)
+        writer.add(rows, over)
+
+
+def tiny_dataset(tmp_path, num_steps=30, **kwargs):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    feed(writer, num_steps, **kwargs)
+    return writer.close()
+
+
+def test_rows_come_back_by_episode_in_time_order(tmp_path):
+    data = load_dataset(tiny_dataset(tmp_path))
+    assert data.num_steps == 90 and len(data.episode_lengths) == 10 + 6 + 15
+    assert isinstance(data.observations, np.memmap) and data.observations.dtype == np.uint8
+    for start, stop in zip(data.episode_starts[:-1], data.episode_starts[1:], strict=True):
+        length = stop - start
+        env = LENGTHS.index(length)
+        np.testing.assert_array_equal(data.timesteps[start:stop], np.arange(length))
+        np.testing.assert_array_equal(data.observations[start:stop, :, 0, 0] % 40 // 10, np.full((length, A), env))
+        np.testing.assert_array_equal(data.observations[start:stop, 1, 0, 0] % 10, 1 + np.arange(length))
+        np.testing.assert_array_equal(data.actions[start:stop, 1], (10 * env + 1 + np.arange(length)) % 4)
+    check_alignment(data)
+
+
+def test_seats_that_left_have_no_action(tmp_path):
+    data = load_dataset(tiny_dataset(tmp_path))
+    assert (data.actions[~data.active] == -1).all() and (data.actions[data.active] >= 0).all()
+    np.testing.assert_allclose(data.episode_returns()[:, 2], 3.0)  # one step of 3
+    np.testing.assert_allclose(data.episode_returns()[:, 1], 2.0 * data.episode_lengths)
+    assert "2 seats" not in describe(data) and "inactive" in describe(data)
+
+
+def test_an_unfinished_collection_is_no_dataset_and_can_be_continued(tmp_path):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    feed(writer, 12)
+    writer.flush()
+    committed = writer.num_steps
+    feed(writer, 11, first_step=12)  # written but never committed: lost
+    for file in writer.files.values():
+        file.flush()  # the process dies here
+    with pytest.raises(ValueError, match="unfinished"):
+        load_dataset(tmp_path / "toy")
+    with pytest.raises(ValueError, match="--resume"):
+        DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    other = tiny_meta() | {"seed": 5}
+    with pytest.raises(ValueError, match="seed 0, not 5"):
+        DatasetWriter(tmp_path / "toy", other, num_envs=3, resume=True)
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
+    assert writer.num_steps == committed
+    feed(writer, 30)
+    data = load_dataset(writer.close())
+    assert data.num_steps == committed + 90
+    check_alignment(data)
+    with pytest.raises(ValueError, match="exists"):
+        DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+
+
+def test_memory_holds_only_episodes_in_flight(tmp_path):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    feed(writer, 1000)
+    assert len(writer.steps) < 64 + max(LENGTHS) + 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    feed(writer, 20)
+    writer.flush()
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    committed, real = writer.num_steps, writer.files["rewards"]
+    writer.files["rewards"] = FullDisk(real)
+    with pytest.raises(ValueError, match="No space left on device.*--resume") as error:
+        feed(writer, 10, first_step=20)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="unfinished"):
+        load_dataset(tmp_path / "toy")
+    for file in (*writer.files.values(), real):
+        file.close()
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
+    assert writer.num_steps == committed
+    feed(writer, 10)
+    check_alignment(load_dataset(writer.close()))
+
+
+def rewrite(path, name, change):
+    array = np.array(np.load(path / f"{name}.npy"))
+    np.save(path / f"{name}.npy", change(array))
+
+
+def set_first(value):
+    def change(array):
+        array.reshape(-1)[0] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("rewards", lambda x: x.astype(np.float64), "expected float32"),
+        ("rewards", lambda x: x[:-1], r"expected float32 \(90, 3\), got float32 \(89, 3\)"),
+        ("observations", lambda x: x[..., :1], r"\(90, 3, 2, 2\)"),
+        ("actions", set_first(4), r"0 \.\.\. 3"),
+        ("actions", set_first(-1), r"0 \.\.\. 3"),
+        ("rewards", set_first(np.nan), "NaN"),
+        ("states", set_first(np.inf), "NaN or inf"),
+        ("policy_ids", set_first(7), r"0 \.\.\. 1"),
+        ("timesteps", set_first(1), "in every episode"),
+        ("truncations", lambda x: x & False, "whole episodes"),
+        ("action_masks", lambda x: x & False, "legal actions"),
+    ],
+)
+def test_a_wrong_field_is_one_line(tmp_path, name, change, message):
+    path = tiny_dataset(tmp_path)
+    rewrite(path, name, change)
+    with pytest.raises(ValueError, match=message) as error:
+        load_dataset(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_truncated_and_foreign_files(tmp_path):
+    with pytest.raises(ValueError, match="found none"):
+        load_dataset(tmp_path / "nowhere")
+    path = tiny_dataset(tmp_path)
+    file = path / "rewards.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    with pytest.raises(ValueError, match="truncated"):
+        load_dataset(path)
+    file.unlink()
+    with pytest.raises(ValueError, match="missing"):
+        load_dataset(path)
+    np.save(file, np.array([{"a": "pickle in disguise"}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="plain numbers"):
+        load_dataset(path)
+    file.write_bytes(whole)
+    load_dataset(path)
+    meta = json.loads((path / "meta.json").read_text())
+    for broken in ({"format": "hdf5"}, [], {**meta, "version": 99}, {**meta, "num_steps": 0}):
+        (path / "meta.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="marl-dataset version 1"):
+            load_dataset(path)
+
+
+def test_nan_observations_are_found(tmp_path):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta("float32"), num_envs=3)
+    feed(writer, 30)
+    path = writer.close()
+    load_dataset(path)
+    rewrite(path, "observations", set_first(np.nan))
+    with pytest.raises(ValueError, match="observations.npy: expected finite numbers"):
+        load_dataset(path)
+
+
+def test_misaligned_observations_are_found(tmp_path):
+    path = tiny_dataset(tmp_path)
+    rewrite(path, "next_observations", lambda x: np.roll(x, 1, axis=0))
+    with pytest.raises(ValueError, match="next row"):
+        check_alignment(load_dataset(path))
+
+
+def test_a_row_of_wrong_shape_is_refused_by_the_writer(tmp_path):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    with pytest.raises(ValueError, match="rewards of a row"):
+        feed(writer, 5, break_field=lambda rows: rows.update(rewards=np.zeros((3, 2))))
+
+
+def test_an_empty_collection_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no episode has ended"):
+        tiny_dataset(tmp_path, num_steps=1)
+
+
+def test_split_is_by_episode_and_holds_out_policies(tmp_path):
+    data = load_dataset(tiny_dataset(tmp_path))
+    split = data.split_episodes(seed=1, heldout_fraction=0.25)
+    assert len(split["heldout_policies"]) == 0
+    assert sorted(np.concatenate(list(split.values()))) == list(range(31))
+    assert len(split["heldout_episodes"]) == 8
+    again, other = data.split_episodes(1, 0.25), data.split_episodes(2, 0.25)
+    np.testing.assert_array_equal(split["train"], again["train"])
+    assert not np.array_equal(split["train"], other["train"])
+    rows = {name: set(data.rows_of(episodes)) for name, episodes in split.items()}
+    assert sum(map(len, rows.values())) == 90 and not rows["train"] & rows["heldout_episodes"]
+    for name, part in rows.items():
+        assert set(data.episode_ids[sorted(part)]) == set(split[name])
+
+
+def test_held_out_policies_sit_in_no_training_episode(tmp_path):
+    def mixed(rows):
+        rows["policy_ids"] = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+
+    data = load_dataset(tiny_dataset(tmp_path, break_field=mixed))
+    split = data.split_episodes(seed=0, holdout_policies=("right",))
+    seats = data.policy_ids[data.episode_starts[:-1]]
+    assert (seats[split["heldout_policies"]] == 1).any(1).all() and len(split["heldout_policies"]) == 6
+    assert (seats[split["train"]] == 0).all() and (seats[split["heldout_episodes"]] == 0).all()
+    with pytest.raises(ValueError, match="one of left, right, got 'centre'"):
+        data.split_episodes(0, holdout_policies=("centre",))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        data.split_episodes(0, heldout_fraction=1.0)
+    with pytest.raises(ValueError, match="collect more"):
+        data.split_episodes(0, holdout_policies=("left",))
+
+
+def test_ego_order_by_hand():
+    assert ego_order(4).tolist() == [[0, 1, 2, 3], [1, 2, 3, 0], [2, 3, 0, 1], [3, 0, 1, 2]]
+    actions = torch.tensor([[10, 11, 12], [20, 21, 22]])
+    assert rotate_to_ego(actions, 1, axis=1).tolist() == [[11, 12, 10], [21, 22, 20]]
+    assert rotate_to_ego(actions, torch.tensor([2, 1]), axis=1).tolist() == [[12, 10, 11], [21, 22, 20]]
+    planes = torch.arange(2 * 5 * 3).view(2, 5, 3)
+    ego = rotate_to_ego(planes, torch.tensor([0, 2]), axis=-1)
+    assert torch.equal(ego[0], planes[0]) and torch.equal(ego[1], planes[1][:, [2, 0, 1]])
+
+
+def test_command_line(tmp_path):
+    import subprocess
+    import sys
+
+    path = tiny_dataset(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "dataset", str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "90 steps in 31 episodes" in done.stdout and "valid" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "dataset", "nowhere"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,483 @@
+"""Networks, losses, ceilings and the training loop of pretrain_vae.py."""
+
+import csv
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import collect_data
+import pretrain_vae as pv
+from dataset import load_dataset
+from envs.stag_hunt import StagHuntVecEnv, action_probs, preset_options
+
+CPU = torch.device("cpu")
+SMALL = {"hidden_size": 32, "history_size": 16, "latent_size": 4, "epochs": 1, "batch_size": 256, "cuda": False}
+
+
+def collect(folder, **kwargs):
+    defaults = {"env_id": "stag_hunt", "num_steps": 1500, "num_envs": 16, "cuda": False, "data_dir": str(folder)}
+    return collect_data.main(collect_data.Args(**{**defaults, **kwargs}))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return collect(tmp_path_factory.mktemp("data"), policies=("nearest_stag", "nearest_hare", "random"), name="stag")
+
+
+@pytest.fixture(scope="module")
+def dataset(data_dir):
+    return load_dataset(data_dir)
+
+
+@pytest.fixture(scope="module")
+def samples(dataset):
+    return pv.Samples(dataset, pv.describe_input(dataset, "obs"), CPU, 1000)
+
+
+def train(data, folder, **kwargs):
+    return pv.main(pv.Args(**{**SMALL, "data": str(data), "runs_dir": str(folder), **kwargs}))
+
+
+def new_model(spec, model="cvae", **kwargs):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "history_size": 16, "latent_size": 6, "codebook_size": 5}
+    return pv.VAE({"model": model, "loss": "moa", "policy_input": "obs-z", "spec": spec, **sizes, **kwargs})
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request, monkeypatch):
+    """Pictures take longer than the small trainings here: only one test draws them."""
+    if "test_every_kind_trains" not in request.node.name:
+        for name in ("plot_curves", "plot_confusion", "plot_latents", "plot_probe", "plot_reconstructions"):
+            monkeypatch.setattr(pv, name, lambda *args: None)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- data
+
+
+def test_samples_are_the_active_seats_in_sequences(dataset, samples):
+    assert len(samples) == dataset.active.sum()
+    rows, seats = samples.rows.numpy(), samples.seats.numpy()
+    assert dataset.active[rows, seats].all()
+    for first, length in zip(samples.first[:50], samples.length[:50], strict=True):
+        part = slice(first, first + length)
+        assert len(set(dataset.episode_ids[rows[part]])) == 1 and len(set(seats[part])) == 1
+        np.testing.assert_array_equal(samples.past[part], np.arange(length))
+        np.testing.assert_array_equal(np.diff(rows[part]), 1)
+        assert (samples.last[part] == first + length - 1).all()
+    covered = np.sort(
+        np.concatenate([b.index.numpy() for b in samples.batches(np.arange(len(samples.first)), 64, None)])
+    )
+    np.testing.assert_array_equal(covered, np.arange(len(samples)))
+
+
+def test_cells_are_the_planes(dataset, samples):
+    """Summed embeddings equal a linear layer on the planes and on the ego-centred planes."""
+    spec = samples.spec
+    assert spec["max_cells"] == 9 and spec["centred"]
+    encoder = pv.ObsEncoder(spec, 8, views=1)
+    index = torch.arange(0, len(samples), 37)
+    obs = torch.from_numpy(dataset.observations[samples.rows[index], samples.seats[index]])  # [B, 4, 4, 7]
+    planes = torch.zeros(len(index), pv.num_inputs(spec))
+    for b, image in enumerate(obs):
+        own = image[..., 0].nonzero()[0]
+        for row, col, plane in image.nonzero().tolist():
+            planes[b, (row * 4 + col) * 7 + plane] += 1
+            down, right = row - own[0] + 3, col - own[1] + 3
+            planes[b, 4 * 4 * 7 + 1 + (down * 7 + right) * 7 + plane] += 1
+        planes[b, 4 * 4 * 7] = planes[b, -1] = 9 - (image > 0).sum()  # empty places of the list
+    expected = F.relu(planes @ encoder.embed.weight + encoder.bias)
+    torch.testing.assert_close(encoder(samples.input_of(index))[0], expected)
+
+
+def test_too_many_cells_is_an_error(samples):
+    with pytest.raises(ValueError, match="at most 9 cells"):
+        pv.network_input(samples.spec, torch.ones(2, 4, 4, 7, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["nearest_stag", "nearest_hare"])
+def test_scripts_play_alike_under_the_symmetries(samples, dataset, name):
+    """The genuine scripts say whether cells and actions are turned alike."""
+    cells, moves = pv.make_symmetries(samples.spec)
+    obs = torch.from_numpy(dataset.observations[samples.rows, samples.seats])[::5]  # [B, 4, 4, 7]
+    masks = samples.masks[::5]
+    probs = action_probs(name, obs, masks)
+    assert len(cells.unique(dim=0)) == 8
+    for cell, move in zip(cells, moves, strict=True):
+        turned = torch.zeros_like(obs.flatten(1))
+        turned[:, cell[: turned.shape[1]]] = obs.flatten(1)
+        turned_masks = torch.zeros_like(masks)
+        turned_masks[:, move] = masks
+        turned_probs = torch.zeros_like(probs)
+        turned_probs[:, move] = probs
+        torch.testing.assert_close(action_probs(name, turned.view(obs.shape), turned_masks), turned_probs)
+        # the ego-centred cells too are those of the turned observation
+        x = pv.network_input(samples.spec, turned.view(obs.shape), samples.seats[::5])
+        expected = cell[samples.input_of(torch.arange(len(samples))[::5])]
+        torch.testing.assert_close(x.sort(1).values, expected.sort(1).values)
+
+
+# --- networks and losses
+
+
+def test_history_is_the_past_only_and_streams(samples):
+    """`observe`, step by step, gives the z of whole sequences; an action changes z only afterwards."""
+    model = new_model(samples.spec)
+    sequences = np.flatnonzero(samples.length >= 6)[:4]
+    logits, z = pv.predict(model, samples, sequences, 10_000)
+    index = samples.index(sequences)
+    rows, seats = samples.rows[index], samples.seats[index]
+    obs = samples.source[rows, seats]
+    history = None
+    for i, start in enumerate(samples.past[index] == 0):
+        history = model.initial_history(1) if start else history
+        torch.testing.assert_close(model.encode(obs[i : i + 1], history)[0], z[i])
+        history = model.observe(history, obs[i : i + 1], samples.actions[index[i : i + 1]])
+    changed = index[2]  # the third action of the first sequence
+    old = samples.actions[changed].clone()
+    samples.actions[changed] = (old + 1) % 7
+    after = pv.predict(model, samples, sequences, 10_000)[1]
+    samples.actions[changed] = old
+    length = samples.length[sequences[0]]
+    torch.testing.assert_close(after[:3], z[:3])
+    assert not torch.isclose(after[3:length], z[3:length]).all(1).any()
+    torch.testing.assert_close(after[length:], z[length:])
+
+
+def test_encode_shapes_and_errors(dataset, samples):
+    model = new_model(samples.spec)
+    assert model.encode(torch.zeros(2, 3, 4, 4, 7, dtype=torch.uint8)).shape == (2, 3, 6)
+    with pytest.raises(ValueError, match=r"--input obs of shape \(4, 4, 7\).*shape \(3, 8, 8, 7\)"):
+        model.encode(torch.zeros(3, 8, 8, 7, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"--input obs of shape \(4, 4, 7\).*state of shape \(4, 4, 7\)"):
+        model.check_input("state", (4, 4, 7))
+    state = new_model(pv.describe_input(dataset, "state"))
+    z = state.encode(torch.from_numpy(dataset.states[:5]), state.initial_history(5, 4))
+    assert z.shape == (5, 4, 6) and not torch.isclose(z[:, 0], z[:, 1]).all()  # the seat is told
+    with pytest.raises(ValueError, match="obs of shape"):
+        state.check_input("obs", (4, 4, 7))
+
+
+def test_agents_that_left_are_encoded_without_harm(samples):
+    model = new_model(samples.spec)
+    history = model.observe(model.initial_history(2), torch.zeros(2, 4, 4, 7, dtype=torch.uint8), torch.tensor([-1, 3]))
+    assert history.isfinite().all()
+
+
+def test_gaussian_kl_is_the_kl():
+    torch.manual_seed(0)
+    mu, logvar, mu_p, logvar_p = torch.randn(4, 3, 5)
+    q, p = (torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in ((mu, logvar), (mu_p, logvar_p)))
+    expected = torch.distributions.kl_divergence(q, p)
+    torch.testing.assert_close(pv.gaussian_kl(mu, logvar, mu_p, logvar_p), expected)
+    assert pv.free_kl(expected, 0.0) == pytest.approx(expected.mean(0).sum().item())
+    assert pv.free_kl(torch.zeros(3, 5), 0.5) == pytest.approx(2.5)
+
+
+def test_recon_loss_of_cells_is_that_of_planes(dataset, samples):
+    index = torch.arange(0, len(samples), 11)
+    planes = torch.from_numpy(dataset.observations[samples.rows[index], samples.seats[index]]).flatten(1).float()
+    out = torch.randn(planes.shape, generator=torch.Generator().manual_seed(0))
+    bce = F.binary_cross_entropy_with_logits(out, planes, reduction="none").sum(1).mean()
+    mse = (out - planes).pow(2).sum(1).mean()
+    torch.testing.assert_close(pv.recon_loss(samples.spec, "bce", out, samples.input_of(index)), bce)
+    torch.testing.assert_close(pv.recon_loss(samples.spec, "mse", out, samples.input_of(index)), mse)
+
+
+def losses_of(samples, net, teacher=None, **kwargs):
+    args = pv.Args(**{**SMALL, **kwargs})
+    batch = next(iter(samples.batches(np.arange(60), 10_000, None)))
+    extras = {"symmetries": None, "class_weights": None, "goal_steps": None, "recon_kind": "bce", "kl_coef": 1e-3}
+    return pv.compute_losses(net, teacher, samples, batch, args, extras)[0]
+
+
+def test_gradients_reach_what_they_should(samples):
+    """moa reaches encoder, history and head, not the decoder; with recon the head can not change z."""
+    model, teacher = new_model(samples.spec), new_model(samples.spec, "vae", policy_input="z", latent_size=3)
+    losses_of(samples, model, teacher, model="cvae")["loss"].backward()
+    for part in (model.encoder, model.gru, model.judge, model.to_who, model.to_latent, model.policy, teacher.decoder):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    assert model.decoder[0].weight.grad is None
+    model = new_model(samples.spec, "vae", loss="recon")
+    losses_of(samples, model, model="vae", loss="recon")["moa_loss"].backward()
+    assert model.policy[0].weight.grad.abs().sum() > 0 and model.to_latent.weight.grad is None
+    half = model.encoder.embed.weight.grad.chunk(2, 1)
+    assert half[0].abs().sum() == 0 and half[1].abs().sum() > 0
+
+
+def test_z_alone_sees_neither_observation_nor_mask(samples):
+    model = new_model(samples.spec, "vae", policy_input="z")
+    features, seen = model.look(samples.input_of(torch.arange(5)))
+    assert seen is None
+    masks = torch.zeros(5, 7, dtype=torch.bool)
+    logits = model.action_logits(seen, samples.timesteps[:5], torch.zeros(5, 6), masks)
+    assert (logits == logits[0]).all() and logits.min() > -100
+
+
+def test_illegal_actions_are_never_predicted(samples):
+    logits, _ = pv.predict(new_model(samples.spec), samples, np.arange(100), 1000)
+    probs = logits.softmax(1)
+    assert (probs[~samples.masks[: len(logits)]] == 0).all()
+    assert samples.masks[: len(logits)].gather(1, logits.argmax(1)[:, None]).all()
+
+
+# --- ceilings and scores
+
+
+def test_posterior_and_ceilings_by_a_slow_second_implementation(dataset, samples):
+    everything = np.arange(len(samples.first))
+    index = samples.index(everything)
+    ceilings = pv.compute_ceilings(dataset, samples, index, index, history=True)
+    names = dataset.meta["policies"]
+    first = samples.policies[samples.past == 0]
+    prior = [(first == k).float().mean().item() for k in range(3)]
+    for start, length in zip(samples.first[:40], samples.length[:40], strict=True):
+        belief = np.array(prior)
+        for i in range(start, start + length):
+            row, seat = samples.rows[i], samples.seats[i]
+            obs, mask = (
+                torch.from_numpy(dataset.observations[row, seat]),
+                torch.from_numpy(dataset.action_masks[row, seat]),
+            )
+            probs = np.stack([action_probs(name, obs, mask).numpy() for name in names])  # [K, n]
+            belief = belief / belief.sum()
+            np.testing.assert_allclose(ceilings.posterior[i], belief, atol=1e-4)
+            np.testing.assert_allclose(ceilings.seen[i], belief @ probs, atol=1e-4)
+            np.testing.assert_allclose(ceilings.known[i], probs[dataset.policy_ids[row, seat]], atol=1e-6)
+            belief = belief * probs[:, dataset.actions[row, seat]]
+
+
+def test_no_guess_beats_knowing_the_policy(dataset, samples):
+    index = samples.index(np.arange(len(samples.first)))
+    known, seen, _ = pv.compute_ceilings(dataset, samples, index, index, history=False)
+    _, by_history, _ = pv.compute_ceilings(dataset, samples, index, index, history=True)
+    tops = [pv.top_hits(guess, known, 1).mean().item() for guess in (seen, by_history, known)]
+    assert tops[0] < tops[1] < tops[2] < 1
+    empirical = pv.top_hits(known, samples.actions, 1).mean().item()
+    assert empirical == pytest.approx(tops[2], abs=4 * 0.5 / math.sqrt(len(samples)))
+
+
+def test_policies_that_are_no_scripts_have_no_ceiling(dataset, samples):
+    index = samples.index(np.arange(20))
+    meta = {**dataset.meta, "policies": ["nearest_stag", "runs/learner", "random"]}
+    other = load_dataset(dataset.path)
+    other.meta = meta
+    ceilings = pv.compute_ceilings(other, samples, index, index, history=True)
+    mine = samples.policies[index]
+    assert ceilings.known[mine == 1].isnan().all() and not ceilings.known[mine != 1].isnan().any()
+    assert ceilings.seen.isnan().all()
+
+
+def test_scores_by_hand(samples):
+    logits = torch.tensor([[5.0, 4, 3, 2], [0, 9, 8, 7], [9, 0, 1, 8], [1, 2, 3, 4]])
+    fake = type("Fake", (), {})()
+    fake.actions, fake.policies = torch.tensor([0, 3, 3, 3]), torch.tensor([0, 0, 1, 1])
+    fake.past = torch.tensor([0, 1, 0, 1])
+    nan = torch.full((4, 4), torch.nan)
+    rows, confusion = pv.score("test", logits, fake, np.arange(4), pv.Ceilings(nan, nan, nan), ["a", "b"])
+    table = {(row["kind"], row["name"]): row for row in rows}
+    assert table["all", "all"]["top1"] == 0.5 and table["all", "all"]["top3"] == 1.0
+    assert table["policy", "a"]["top1"] == 0.5 and table["history", "0"]["top1"] == 0.5
+    three = table["action", "3"]
+    assert (three["precision"], three["recall"], three["f1"]) == (1.0, pytest.approx(1 / 3), pytest.approx(0.5))
+    assert table["action", "0"]["precision"] == 0.5
+    assert confusion.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]]
+    assert table["all", "all"]["cross_entropy"] == pytest.approx(
+        -torch.stack([logits[i].log_softmax(0)[a] for i, a in enumerate((0, 3, 3, 3))]).mean().item()
+    )
+
+
+# --- training
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"model": "vae"},
+        {"model": "vae", "loss": "recon", "policy_input": "z", "recon_loss": "mse"},
+        {"model": "cvae", "loss": "both", "class_balance": True, "free_bits": 0.1},
+        {"model": "cvae", "subgoal": "first", "loss": "recon", "augment": False},
+        {"model": "vqvae", "loss": "both", "codebook_size": 8, "epochs": 2},
+        {"model": "cvae", "input": "state", "policy_input": "z"},
+    ],
+)
+def test_every_kind_trains(data_dir, tmp_path, kwargs):
+    run_dir = train(data_dir, tmp_path, **kwargs)
+    epochs = kwargs.get("epochs", 1)
+    metrics = read_csv(run_dir / "metrics.csv")
+    assert len(metrics) == epochs
+    assert all(math.isfinite(float(value)) for value in metrics[-1].values())
+    for name in ("learning_curve", "confusion", "latents", "probe"):
+        assert (run_dir / f"{name}.png").stat().st_size > 0
+    assert (run_dir / "reconstructions.png").exists() == (kwargs.get("loss", "moa") != "moa")
+    arrays = np.load(run_dir / f"moa_eval_epoch{epochs}.npz")
+    table = read_csv(run_dir / f"moa_eval_epoch{epochs}.csv")
+    assert len(arrays["heldout_episodes_logits"]) == int(table[0]["samples"])
+    assert float(table[0]["ceiling_top1"]) <= float(table[0]["ceiling_known_top1"])
+    before = pv.VAE(pv.load_checkpoint(run_dir)["config"])
+    after = pv.load_vae(run_dir)
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    if kwargs["model"] == "vqvae":
+        assert 1 <= float(metrics[-1]["vq/perplexity"]) <= float(metrics[-1]["vq/codes_used"]) <= 8
+
+
+def test_it_learns_on_episodes_never_seen(tmp_path):
+    data = collect(tmp_path, num_steps=8000, num_envs=64, policies=("nearest_stag", "nearest_hare"))
+    run_dir = train(data, tmp_path, model="cvae", epochs=4, hidden_size=64)
+    row = read_csv(run_dir / "moa_eval_epoch4.csv")[0]
+    assert float(row["top1"]) > 0.95 * float(row["ceiling_top1"])
+    assert float(row["top3"]) > 0.97 * float(row["ceiling_top3"])
+
+
+def test_dead_codes_are_revived(data_dir, tmp_path, monkeypatch):
+    init = pv.VAE.__init__
+
+    def far_away(self, config):
+        init(self, config)
+        if config["model"] == "vqvae":
+            self.codebook.data[1:] += 1e6
+
+    monkeypatch.setattr(pv.VAE, "__init__", far_away)
+    run_dir = train(data_dir, tmp_path, model="vqvae", codebook_size=8, epochs=2)
+    used = [float(row["vq/codes_used"]) for row in read_csv(run_dir / "metrics.csv")]
+    assert used[0] == 1 and used[1] > 1
+
+
+def test_a_resumed_run_ends_the_same(data_dir, tmp_path):
+    whole = train(data_dir, tmp_path / "a", model="cvae", epochs=3)
+    part = train(data_dir, tmp_path / "b", model="cvae", epochs=3, kl_warmup=1.0)
+    # The second run stopped after one epoch: put its first checkpoint back.
+    first = tmp_path / "c"
+    real = pv.save_checkpoint
+    try:
+        pv.save_checkpoint = lambda saved, path: saved["epoch"] == 1 and real(saved, path)
+        stopped = train(data_dir, first, model="cvae", epochs=3)
+    finally:
+        pv.save_checkpoint = real
+    assert pv.load_checkpoint(stopped)["epoch"] == 1
+    assert pv.cli(["--resume", str(stopped)]) == 0
+    assert pv.load_checkpoint(stopped)["epoch"] == 3
+    for name, value in pv.load_checkpoint(whole)["model"].items():
+        assert torch.equal(value, pv.load_checkpoint(part)["model"][name])
+        assert torch.equal(value, pv.load_checkpoint(stopped)["model"][name]), name
+    assert len(read_csv(stopped / "metrics.csv")) == 3
+
+
+def test_resume_refuses_a_contradiction(data_dir, tmp_path, capsys):
+    run_dir = train(data_dir, tmp_path)
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "2", "--latent-size", "7"]) == 2
+    assert "--latent-size 7 contradicts the checkpoint's 4" in capsys.readouterr().err
+    assert pv.cli(["--resume", str(run_dir)]) == 2
+    assert "already done 1 epochs" in capsys.readouterr().err
+
+
+def test_data_larger_than_memory_is_streamed(data_dir, tmp_path, capsys):
+    in_memory = train(data_dir, tmp_path / "a")
+    assert "in memory" in capsys.readouterr().out
+    streamed = train(data_dir, tmp_path / "b", memory_limit_mb=0)
+    assert "read from the disk" in capsys.readouterr().out
+    for a, b in zip(pv.load_vae(in_memory).parameters(), pv.load_vae(streamed).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_held_out_policies_are_scored_apart(data_dir, tmp_path):
+    run_dir = train(data_dir, tmp_path, model="cvae", holdout_policies=("random",))
+    table = read_csv(run_dir / "moa_eval_epoch1.csv")
+    seen = {(row["split"], row["name"]) for row in table if row["kind"] == "policy"}
+    assert ("heldout_policies", "random") in seen and ("heldout_episodes", "random") not in seen
+    assert any(key.startswith("eval_policies/") for key in read_csv(run_dir / "metrics.csv")[0])
+
+
+def test_a_teacher_and_its_errors(data_dir, tmp_path):
+    teacher = train(data_dir, tmp_path / "teacher", model="vae", loss="recon", latent_size=2)  # half the student's
+    run_dir = train(data_dir, tmp_path / "student", model="cvae", teacher=str(teacher))
+    saved = pv.load_checkpoint(run_dir)["teacher"]
+    for name, value in pv.load_vae(teacher).state_dict().items():
+        assert torch.equal(saved[name], value)  # frozen
+    with pytest.raises(ValueError, match="'latent_size': 3"):
+        train(data_dir, tmp_path, model="cvae", teacher=str(teacher), latent_size=5)
+    with pytest.raises(ValueError, match=r"--input obs of shape \(4, 4, 7\).*state of shape"):
+        train(data_dir, tmp_path, model="cvae", teacher=str(teacher), input="state")
+
+
+def test_subgoals_of_highest_value(dataset, samples, monkeypatch):
+    import hyper_mappo
+
+    values = torch.arange(dataset.num_steps * 4, dtype=torch.float32).view(-1, 4)
+    values[::2] = -values[::2]  # odd rows are worth more
+    monkeypatch.setattr(hyper_mappo, "load_critic", lambda run_dir, device: lambda state: values[: len(state)])
+    monkeypatch.setattr(torch.Tensor, "split", lambda self, size: (self,), raising=True)
+    steps = pv.best_goal_steps(dataset, samples, pv.Args(horizon=3, critic="x"))
+    for i in range(0, 300, 7):
+        ahead = [min(i + k, int(samples.last[i])) for k in (1, 2, 3)]
+        worth = [values[samples.rows[j], samples.seats[j]].item() for j in ahead]
+        assert worth[steps[i] - 1] == max(worth)
+
+
+def test_pursuit_counts_are_fed_as_numbers(tmp_path):
+    kwargs = {"env_kwargs": '{"max_cycles": 12}', "num_steps": 60, "num_envs": 2, "env_id": "pursuit"}
+    data = collect(tmp_path / "data", **kwargs)
+    run_dir = train(data, tmp_path / "runs", model="cvae", loss="both")
+    model = pv.load_vae(run_dir)
+    assert model.spec["max_cells"] == 0 and not model.spec["centred"]
+    obs = torch.from_numpy(load_dataset(data).observations[:3])
+    assert model.encode(obs).shape == (3, 8, 4)
+    table = read_csv(run_dir / "moa_eval_epoch1.csv")[0]
+    assert float(table["ceiling_known_top1"]) == pytest.approx(0.2)  # uniform over 5 actions
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"latent_size": 0}, "--latent-size: expected at least 1"),
+        ({"codebook_size": 0, "model": "vqvae"}, "--codebook-size"),
+        ({"model": "cvae", "horizon": 35}, "longest episode, 35 steps"),
+        ({"subgoal": "value", "model": "cvae"}, "--critic RUN_DIR"),
+        ({"critic": "runs/x", "subgoal": "value"}, "only, got --model vae"),
+        ({"holdout_policies": ("nobody",)}, "one of nearest_stag"),
+        ({"heldout_fraction": 0.0}, "between 0 and 1"),
+        ({"teacher": "nowhere", "model": "cvae"}, "no checkpoint at"),
+        ({"data": ""}, "--data: expected a dataset"),
+        ({"data": "nowhere"}, "found none"),
+    ],
+)
+def test_bad_arguments_are_one_line(data_dir, tmp_path, kwargs, message):
+    kwargs = {"data": data_dir, **kwargs}
+    with pytest.raises(ValueError, match=message) as error:
+        train(kwargs.pop("data"), tmp_path, **kwargs)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())  # no run folder for a run that never began
+
+
+def test_a_foreign_checkpoint_is_one_line(tmp_path):
+    torch.save({"format": "other"}, tmp_path / "latest.pt")
+    with pytest.raises(ValueError, match="'other', expected 'pretrain_vae/1'"):
+        pv.load_vae(tmp_path)
+
+
+def test_it_encodes_what_the_env_gives(data_dir, tmp_path):
+    model = pv.load_vae(train(data_dir, tmp_path, model="cvae"))
+    env = StagHuntVecEnv(3, "cpu", 0, **preset_options("stag_hunt"))
+    step, history = env.reset(0), model.initial_history(3, 4)
+    for _ in range(3):
+        z = model.encode(step.obs, history)
+        assert z.shape == (3, 4, 4) and z.isfinite().all()
+        actions = torch.full((3, 4), 4)
+        history = model.observe(history, step.obs, actions)
+        step = env.step(actions)
+
+
+def test_command_line_error_is_one_line():
+    command = [sys.executable, "pretrain_vae.py", "--data", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
