@@ -103,8 +103,8 @@ class Args:
     """discount"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 8
-    """minibatches per epoch; with a hypernetwork each holds whole env sequences"""
+    num_minibatches: int | None = None
+    """minibatches per epoch; with a hypernetwork each holds whole env sequences; None: 8 batched, 4 genuine"""
     update_epochs: int = 4
     """passes over each rollout"""
     norm_adv: bool = True
@@ -717,8 +717,11 @@ def env_procs(args: Args, backend: str) -> int:
     return default_env_procs(args.num_envs or 8) if args.num_env_procs is None else args.num_env_procs
 
 
-def check_args(args: Args) -> tuple[str, int]:
-    """Everything that can be wrong before an env is made: UsageError in one line. -> backend, num_envs"""
+def check_args(args: Args) -> tuple[str, int, int]:
+    """Everything that can be wrong before an env is made: UsageError in one line.
+
+    -> backend, num_envs, num_minibatches
+    """
 
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
@@ -758,10 +761,11 @@ def check_args(args: Args) -> tuple[str, int]:
             f"({num_envs} envs x {args.num_steps} steps); raise it, or lower --num-envs or --num-steps"
         )
     sequences = batch if args.hyper == "none" else num_envs  # a hypernetwork's minibatches keep whole env sequences
-    if sequences % args.num_minibatches:
+    num_minibatches = args.num_minibatches or (8 if backend == "batched" else 4)
+    if sequences % num_minibatches:
         what = "env steps of a rollout" if args.hyper == "none" else "envs"
-        raise UsageError(f"--num-minibatches {args.num_minibatches} does not divide the {sequences} {what}")
-    return backend, num_envs
+        raise UsageError(f"--num-minibatches {num_minibatches} does not divide the {sequences} {what}")
+    return backend, num_envs, num_minibatches
 
 
 def record(rollout: dict[str, torch.Tensor], t: int, num_steps: int, **tensors: torch.Tensor | None) -> None:
@@ -854,7 +858,7 @@ def plot_learning_curve(run_dir: Path) -> None:
 def main(args: Args) -> Path:
     """Trains (or resumes, or only evaluates); returns the run folder. UsageError: unusable arguments."""
     # ---- arguments
-    backend, num_envs = check_args(args)
+    backend, num_envs, num_minibatches = check_args(args)
     T, N = args.num_steps, num_envs
     batch_size = T * N
     num_updates = args.total_timesteps // batch_size
@@ -1000,9 +1004,9 @@ def main(args: Args) -> Path:
         S = batch_size // L
         batch = {name: x.reshape(L, S, *x.shape[2:]) for name, x in batch.items()}  # [T, N, ...] -> [L, S, ...]
         batch["hidden"] = (first_hidden if actor.hyper else hidden.new_zeros(S, envs.num_agents, 0)).unsqueeze(0)
-        sums, num_minibatches = torch.zeros(len(LOSSES) + 1, device=device), 0
+        sums, num_done = torch.zeros(len(LOSSES) + 1, device=device), 0
         for _ in range(args.update_epochs):
-            for mb_inds in torch.randperm(S, device=device).chunk(args.num_minibatches):
+            for mb_inds in torch.randperm(S, device=device).chunk(num_minibatches):
                 mb = {name: x[:, mb_inds] for name, x in batch.items()}
                 loss, numbers = ppo_loss(actor, critic, mb, args)
                 optimizer.zero_grad()
@@ -1011,13 +1015,13 @@ def main(args: Args) -> Path:
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                 optimizer.step()
                 sums += torch.cat([numbers, grad_norm.unsqueeze(0)])
-                num_minibatches += 1
+                num_done += 1
             if args.target_kl is not None and numbers[LOSSES.index("losses/approx_kl")] > args.target_kl:
                 break
 
         # -- logging: the update's only look at the device
         names = [*LOSSES, "losses/grad_norm", "losses/explained_variance"]
-        metrics = dict(zip(names, [*(sums / num_minibatches).tolist(), explained_var.item()], strict=True))
+        metrics = dict(zip(names, [*(sums / num_done).tolist(), explained_var.item()], strict=True))
         bad = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
         if bad:
             raise FloatingPointError(f"update {update}: {', '.join(bad)}; {last_good}")

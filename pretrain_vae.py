@@ -102,14 +102,14 @@ class Args:
     """AdamW's learning rate; it falls linearly to 0"""
     weight_decay: float = 0.1
     """AdamW's decay of the weights; keeps the table of cells from learning single episodes by heart"""
-    kl_coef: float = 1e-3
+    kl_coef: float = 1e-4
     """weight of the KL divergence of z from its prior (a standard normal; half of a cvae's: the teacher's z of the
     subgoal)"""
     kl_warmup: float = 1.0
     """epochs in which kl_coef rises from 0"""
     free_bits: float = 0.0
     """KL in nats that each dimension of z may have for free"""
-    recon_coef: float = 1e-2
+    recon_coef: float = 1e-3
     """weight of the reconstruction loss (summed over an observation's cells) with --loss both or recon"""
     recon_loss: Literal["auto", "bce", "mse"] = "auto"
     """per-cell cross-entropy or squared error; auto: bce for 0/1 observations"""
