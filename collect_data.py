@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +23,8 @@ import tyro
 from tqdm import tqdm
 
 from dataset import Dataset, DatasetWriter, describe, load_dataset, make_meta
-from envs import EnvStep, VecEnv, check_env, make_vec_env
-from envs.stag_hunt import SCRIPTED, StagHuntVecEnv, action_probs
+from envs import VecEnv, check_env, make_vec_env
+from hyper_mappo import make_policy
 
 
 @dataclass
@@ -56,49 +55,6 @@ class Args:
 
 # ---------------------------------------------------------------- policies
 
-# step [N, A, ...], hidden -> actions [N, A] (or [N, A, D]), hidden
-Actor = Callable[[EnvStep, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
-
-
-def make_policy(name: str, env: VecEnv) -> tuple[Actor, torch.Tensor | None]:
-    """A policy that acts in all seats of all envs, and its first hidden state. ValueError for an unknown name."""
-    if (Path(name) / "latest.pt").exists():
-        from hyper_mappo import load_policy  # only here: scripted policies need no training code
-
-        policy = load_policy(name, env.device)
-        shapes = {"obs_shape": list(env.obs_shape), "num_agents": env.num_agents}
-        trained = {key: policy.spec[key] for key in shapes}
-        if trained != shapes:
-            raise ValueError(f"{name} was trained with {trained}, but {env.env_id} has {shapes}; use its env")
-        return policy.act, policy.initial_state(env.num_envs)
-    scripted = SCRIPTED if isinstance(env, StagHuntVecEnv) else ("random",)
-    if name not in scripted:
-        raise ValueError(
-            f"policy: expected {', '.join(scripted)} or a run folder with latest.pt, got {name!r}; name one of these"
-        )
-    if isinstance(env, StagHuntVecEnv):
-
-        def act(step: EnvStep, hidden: None) -> tuple[torch.Tensor, None]:
-            probs = action_probs(name, env.full_obs(), step.action_mask)  # [N, A, n]
-            return torch.multinomial(probs.flatten(0, 1), 1).view(probs.shape[:2]), None
-
-    elif isinstance(env.action_space, gym.spaces.Discrete):
-
-        def act(step: EnvStep, hidden: None) -> tuple[torch.Tensor, None]:
-            legal = torch.ones(*step.active.shape, env.action_space.n, device=env.device)  # [N, A, n]
-            legal = legal if step.action_mask is None else step.action_mask.float()
-            return torch.multinomial(legal.flatten(0, 1), 1).view(step.active.shape), None
-
-    else:
-        low, high = (torch.as_tensor(x, device=env.device) for x in (env.action_space.low, env.action_space.high))
-        if not (low.isfinite() & high.isfinite()).all():
-            raise ValueError(f"random expected a bounded action space, got {env.action_space}; use another policy")
-
-        def act(step: EnvStep, hidden: None) -> tuple[torch.Tensor, None]:
-            return low + (high - low) * torch.rand(*step.active.shape, *low.shape, device=env.device), None
-
-    return act, None
-
 
 def make_mixes(num_policies: int, num_agents: int) -> np.ndarray:
     """All ways to fill the seats, whatever the order: from A x the first policy to A x the last. [M, A]"""
@@ -118,7 +74,8 @@ def collect(env: VecEnv, policies: tuple[str, ...], writer: DatasetWriter, num_s
     seed = int(np.random.SeedSequence([seed, writer.num_steps]).generate_state(1)[0] >> 1)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    actors = [make_policy(name, env) for name in policies]
+    players = [make_policy(name, env) for name in policies]
+    memories = [player.initial_state(env.num_envs) for player in players]
     mixes = make_mixes(len(policies), env.num_agents)
     next_mix = writer.meta["num_episodes"]
     policy_ids = np.zeros((env.num_envs, env.num_agents), np.int64)
@@ -131,11 +88,11 @@ def collect(env: VecEnv, policies: tuple[str, ...], writer: DatasetWriter, num_s
             next_mix += 1
         seats = torch.from_numpy(policy_ids).to(env.device)  # [N, A]
         actions = None
-        for k, (act, hidden) in enumerate(actors):
-            chosen, hidden = act(step, hidden)  # [N, A] or [N, A, D]
-            actors[k] = (act, hidden)
+        for k, player in enumerate(players):
+            chosen, memories[k] = player.act(step, memories[k])  # [N, A] or [N, A, D]
             mine = (seats == k).view(*seats.shape, *[1] * (chosen.ndim - 2))
             actions = chosen if actions is None else torch.where(mine, chosen, actions)
+        memories = [player.remember(step, actions, memory) for player, memory in zip(players, memories, strict=True)]
         after = env.step(actions)
         executed = actions if after.executed_actions is None else after.executed_actions
         rows = {

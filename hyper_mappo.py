@@ -16,6 +16,7 @@ How-to, metrics, deviations and results: docs/hyper_mappo.md
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
 import json
@@ -28,7 +29,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
@@ -40,16 +41,20 @@ import gymnasium as gym
 import imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from scipy.stats import t as student_t
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import EnvStep, VecEnv, check_env, default_env_procs, make_vec_env
+from envs import EnvStep, VecEnv, check_env, default_env_procs, make_vec_env, stag_hunt
 
-CHECKPOINT_FORMAT = "hyper_mappo/1"
+CHECKPOINT_FORMAT = "hyper_mappo/2"
+PROBE_ENVS = 16  # envs whose first rollout shows how the policy changes from update to update
+GRADIENT_COSINE_EVERY = 10  # updates
 EVAL_SEED = 1_000_000  # keeps the seeds of evaluation apart from those of training
 
 
@@ -67,6 +72,8 @@ class Args:
     """deterministic CUDA kernels"""
     cuda: bool = True
     """train on the GPU if there is one; without one the CPU is used and said so"""
+    compile: bool = False
+    """torch.compile the networks and the loss (with CUDA graphs on a GPU), where it works"""
     num_threads: int | None = 1
     """CPU threads of one PyTorch operation; None: PyTorch's choice. The operations are small: more seldom pays"""
     track: bool = False
@@ -104,7 +111,10 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int | None = None
-    """minibatches per epoch; with a hypernetwork each holds whole env sequences; None: 8 batched, 4 genuine"""
+    """minibatches per epoch; None: 8 batched, 4 genuine"""
+    chunk_length: int | None = None
+    """with a context, training sequences are this many consecutive steps (truncated backpropagation through time); must
+    divide num_steps; None: the largest divisor up to 16"""
     update_epochs: int = 4
     """passes over each rollout"""
     norm_adv: bool = True
@@ -130,24 +140,47 @@ class Args:
     agent_id: bool = False
     """append a one-hot agent id to what the actor sees"""
 
-    hyper: Literal["none", "delta"] = "delta"
-    """none: plain MAPPO; delta: every actor weight gets a context-made delta"""
+    hyper: Literal["none", "delta", "full", "last-layer", "low-rank"] = "delta"
+    """what the context makes of the actor's weights. none: nothing, plain MAPPO; delta: a sum of learned deltas is
+    added to every layer; full: all weights, no base; last-layer: a delta of the last layer, earlier ones are scaled;
+    low-rank: A(c) B(c) is added to every layer"""
+    hyper_context: Literal["joint", "local", "agent-id"] = "joint"
+    """what the context sees. joint: all agents' observations (centralised execution); local: the agent's own (can be
+    executed decentrally); agent-id: a learned embedding of who the agent is"""
+    actor_context: bool = False
+    """control without a hypernetwork: a plain actor gets the context as an input (with --hyper none)"""
+    share_delta: bool = False
+    """all agents of an env get the same delta, made from the mean of their contexts"""
     history: Literal["none", "gru", "lstm"] = "gru"
     """what carries the context over time"""
     context_size: int = 32
     """width of the context"""
     context_heads: int = 2
     """attention heads over agents"""
-    hyper_basis: int = 16
-    """the delta is a context-weighted sum of this many learned deltas; context_size: the plain linear head"""
-    hyper_rank: int = 1
-    """rank of each learned delta of a layer; 0: full"""
+    hyper_basis: int | None = None
+    """how many learned deltas (full: weight sets) the context mixes; context_size: the plain linear head; None: 16,
+    full 4, low-rank 8"""
+    hyper_rank: int | None = None
+    """rank of a layer's delta (delta: of each one in the mixture, 0: full); None: delta 1, low-rank 2"""
+    hyper_critic: bool = False
+    """extension: the critic's weights are made in the same way, from the state"""
+    match_params: Literal["delta", "full", "last-layer", "low-rank"] | None = None
+    """widen the plain actor (--hyper none) to the number of parameters that this form would have"""
     smooth_coef: float = 0.1
     """weight of the mean squared change of theta between consecutive steps of one episode"""
     align_coef: float = 0.05
-    """weight of KL(old policy || new policy)"""
+    """weight of KL(target policy || new policy)"""
+    target_sync_interval: int = 1
+    """updates between refreshes of that target policy; 1: it is the policy that collected the data"""
     hyper_learning_rate: float = 5e-4
-    """Adam's learning rate of the hypernetwork"""
+    """Adam's learning rate of context and hypernetwork"""
+
+    partners: tuple[str, ...] = ()
+    """fixed partners and their number of seats, e.g. nearest_stag:2 runs/RUN_DIR:1; they take the last seats"""
+    init_from: str | None = None
+    """run folder whose policy and critic the training starts from (adaptation)"""
+    subgoals: str | None = None
+    """run folder of pretrain_vae.py: its frozen encoder tells the context each agent's subgoal z"""
 
     eval_episodes: int = 10
     """episodes of the closing evaluation on the genuine PettingZoo env; 0: none"""
@@ -161,14 +194,17 @@ class Args:
     """run folder whose policy is only evaluated"""
 
 
-# What a run's weights and episodes in flight depend on: --resume refuses to change these.
-FIXED_BY_CHECKPOINT = (
-    "env_id env_kwargs backend seed num_envs num_steps hidden_size agent_id value_norm hyper history context_size "
-    "context_heads hyper_basis hyper_rank"
+# What a run's weights depend on: --resume and --init-from refuse to change these.
+ARCHITECTURE = (
+    "hidden_size agent_id value_norm hyper hyper_context actor_context share_delta history context_size context_heads "
+    "hyper_basis hyper_rank hyper_critic match_params subgoals"
 ).split()
+# What its episodes in flight depend on, too.
+FIXED_BY_CHECKPOINT = [*"env_id env_kwargs backend seed num_envs num_steps partners".split(), *ARCHITECTURE]
+CONTEXT_ONLY = "hyper_context history context_size context_heads subgoals".split()  # without a context they do nothing
 HYPER_ONLY = (
-    "history context_size context_heads hyper_basis hyper_rank smooth_coef align_coef hyper_learning_rate".split()
-)
+    "share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval hyper_learning_rate"
+).split()
 # The numbers of ppo_loss, logged as means over all minibatches of an update.
 LOSSES = (
     "losses/policy_loss losses/value_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac "
@@ -177,7 +213,8 @@ LOSSES = (
 HYPER_TAGS = LOSSES[-4:]
 COLUMNS = (
     "update global_step charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate "
-    f"{' '.join(LOSSES)} losses/grad_norm losses/explained_variance"
+    f"{' '.join(LOSSES)} losses/grad_norm losses/explained_variance "
+    "nonstationarity/policy_kl nonstationarity/gradient_cosine"
 ).split()
 
 
@@ -188,6 +225,11 @@ def layer_init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def with_bias(layer: nn.Linear) -> torch.Tensor:
+    """Weight and bias side by side: [out, in + 1]"""
+    return torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1)
 
 
 class Trunk(nn.Module):
@@ -222,60 +264,72 @@ class Trunk(nn.Module):
         return self.convs(x).reshape(*lead, self.num_features)
 
 
-class HyperNetwork(nn.Module):
-    """context_t from everyone's observations and history, and the actor's weight deltas made from it.
+class Context(nn.Module):
+    """context_t of each agent, what a hypernetwork makes weights from: [T, N, A, context_size].
 
-    delta_theta(c) = sum_k alpha_k(c) B_k with learned B_k, which start at zero: training starts at exactly the base
-    actor (Bias-HyperInit, Beck et al. 2022). alpha is a linear function of the context; with hyper_basis =
-    context_size it is the context itself. No weight tensor per sample is ever built:
-      full B_k (hyper_rank 0):    x delta_W = sum_k alpha_k (x B_k)
-      B_k = U_k V_k of rank r:    x delta_W = (alpha * (x V)) U, a fraction of the layer's own multiplications.
+    joint:    an encoding of each agent's observation, attention over agents, then a GRU or LSTM over time
+    local:    the same without attention: nothing of the other agents
+    agent-id: a learned embedding of the seat (HyperMARL, arXiv 2412.04233), no history
     """
 
-    def __init__(self, num_features: int, layer_sizes: list[tuple[int, int]], args: Args):
+    def __init__(self, num_features: int, num_agents: int, num_subgoals: int, args: Args):
         super().__init__()
-        C, K, r = args.context_size, args.hyper_basis, args.hyper_rank
-        self.context_size, self.heads, self.history = C, args.context_heads, args.history
-        self.encoder = layer_init(nn.Linear(num_features, C))
-        self.qkv = layer_init(nn.Linear(C, 3 * C), 1.0)
-        self.attention_out = layer_init(nn.Linear(C, C), 1.0)
+        C = args.context_size
+        self.kind, self.size, self.heads, self.shared = args.hyper_context, C, args.context_heads, args.share_delta
+        self.history = "none" if self.kind == "agent-id" else args.history
+        num_inputs = num_agents if self.kind == "agent-id" else num_features
+        self.encoder = layer_init(nn.Linear(num_inputs + num_subgoals, C))
+        if self.kind == "joint":
+            self.qkv = layer_init(nn.Linear(C, 3 * C), 1.0)
+            self.attention_out = layer_init(nn.Linear(C, C), 1.0)
         if self.history != "none":
             self.rnn = nn.GRUCell(C, C) if self.history == "gru" else nn.LSTMCell(C, C)
             for name, param in self.rnn.named_parameters():
                 nn.init.zeros_(param) if "bias" in name else nn.init.orthogonal_(param)
-        self.alpha = layer_init(nn.Linear(C, K), 1.0) if K != C else nn.Identity()
-        self.basis, self.rank = K, r
-        self.down, self.up = nn.ModuleList(), nn.ParameterList()
-        for size_in, size_out in layer_sizes:  # B_k covers weight and bias of its layer: [out, in + 1]
-            self.down.append(layer_init(nn.Linear(size_in, K * r if r else K * size_out), 1.0))  # V, or B itself
-            if r:
-                self.up.append(nn.Parameter(torch.zeros(size_out, K * r)))  # U
-            else:
-                nn.init.zeros_(self.down[-1].weight)
-        self.num_generated = sum(i * o + o for i, o in layer_sizes)
 
     @property
     def hidden_size(self) -> int:
         """Numbers that the history carries per agent: 0 without history, both halves of an LSTM's state."""
-        return {"none": 0, "gru": 1, "lstm": 2}[self.history] * self.context_size
+        return {"none": 0, "gru": 1, "lstm": 2}[self.history] * self.size
 
-    def context(
-        self, features: torch.Tensor, active: torch.Tensor, starts: torch.Tensor, hidden: torch.Tensor
+    def forward(
+        self,
+        features: torch.Tensor,
+        z: torch.Tensor | None,
+        active: torch.Tensor,
+        starts: torch.Tensor,
+        hidden: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """features [T, N, A, F], active [T, N, A], starts [T, N] (an episode opens here), hidden [N, A, hidden_size]
-
-        -> context [T, N, A, C], hidden after step T. Reads *all* agents' observations: centralised execution.
+        """features [T, N, A, F], z [T, N, A, Z] or None: each agent's subgoal, active [T, N, A], starts [T, N] (an
+        episode opens here), hidden [N, A, hidden_size] -> context [T, N, A, C], hidden after step T
         """
         T, N, A = active.shape
-        C = self.context_size
-        x = self.encoder(features).relu_()  # [T, N, A, C]
+        if self.kind == "agent-id":
+            features = torch.eye(A, device=active.device).expand(T, N, A, A)
+        x = self.encoder(features if z is None else torch.cat([features, z], dim=-1)).relu_()  # [T, N, A, C]
+        if self.kind == "joint":
+            x = x + self.attend(x, active)
+        if self.history != "none":
+            x, hidden = self.remember(x, starts, hidden)
+        if self.shared:
+            weights = active.unsqueeze(-1).float()
+            x = ((x * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp(min=1.0)).expand(T, N, A, -1)
+        return x, hidden
+
+    def attend(self, x: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        """Scaled dot-product attention over agents: [T, N, A, C] -> [T, N, A, C]"""
+        T, N, A, C = x.shape
         q, k, v = self.qkv(x).reshape(T * N, A, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         # Agents that left are nobody's key; an agent always sees itself, so that no row is empty.
         keys = active.reshape(T * N, 1, 1, A) | torch.eye(A, dtype=torch.bool, device=active.device)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)  # [T*N, heads, A, C / heads]
-        x = x + self.attention_out(mixed.transpose(1, 2).reshape(T, N, A, C))
-        if self.history == "none":
-            return x, hidden
+        return self.attention_out(mixed.transpose(1, 2).reshape(T, N, A, C))
+
+    def remember(
+        self, x: torch.Tensor, starts: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The GRU or LSTM over time: x [T, N, A, C] -> [T, N, A, C], hidden after step T"""
+        T, N, A, C = x.shape
         keep = (~starts).float().repeat_interleave(A, dim=1).unsqueeze(-1)  # [T, N] -> [T, N*A, 1]
         hidden = hidden.reshape(N * A, self.hidden_size)
         # The inputs' share of all gates at once: only the hidden state's share has to go step by step.
@@ -289,7 +343,7 @@ class HyperNetwork(nn.Module):
 
     def rnn_step(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """nn.GRUCell (or nn.LSTMCell, h and c side by side) after W_ih x + b_ih: [B, gates * C] -> [B, hidden_size]"""
-        C = self.context_size
+        C = self.size
         if self.history == "gru":
             recurrent = F.linear(hidden, self.rnn.weight_hh, self.rnn.bias_hh)
             (gates, new), (recurrent_gates, recurrent_new) = (x.split([2 * C, C], dim=-1) for x in (inputs, recurrent))
@@ -300,18 +354,112 @@ class HyperNetwork(nn.Module):
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         return torch.cat([o.sigmoid() * cell.tanh(), cell], dim=-1)
 
-    def add_delta(self, layer: int, y: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        """y + x delta_W + delta_b of one actor layer: y [..., out], x [..., in], alpha [..., K] -> [..., out]"""
-        z = self.down[layer](x).unflatten(-1, (self.basis, -1)) * alpha.unsqueeze(-1)  # [..., K, r or out]
+
+def hyper_sizes(args: Args) -> tuple[int, int]:
+    """K and r of a form: --hyper-basis and --hyper-rank, or what None stands for."""
+    basis = {"full": 4, "low-rank": 8}.get(args.hyper, 16) if args.hyper_basis is None else args.hyper_basis
+    rank = {"delta": 1, "low-rank": 2}.get(args.hyper, 0) if args.hyper_rank is None else args.hyper_rank
+    return basis, rank
+
+
+class HyperNetwork(nn.Module):
+    """Weights of a multilayer perceptron made from a context, without ever building a weight tensor per sample.
+
+    delta       W + sum_k a_k(c) B_k, B_k = U_k V_k of rank r:   x W + (a * (x V)) U;   r = 0: B_k is full
+    full        sum_k a_k(c) B_k with ||a|| = 1:                 sum_k a_k (x B_k)
+    last-layer  last layer: W + sum_k a_k(c) B_k; earlier ones: (1 + s(c)) * (W x + b)
+    low-rank    W + A(c) B(c), A = sum_k a_k U_k, B = sum_k b_k V_k
+    The coefficients a, b, s are linear functions of the context; `code` [..., P] is what they are made from.
+
+    All but `full` start at exactly the base actor, because U (or B, or s) is zero (Bias-HyperInit, Beck et al. 2022).
+    In `full` every B_k starts like a standard layer and a has norm 1: by hyperfan-in (Chang et al. 2020, "Principled
+    weight initialization for hypernetworks") activations then have a standard actor's variance, for any context.
+    """
+
+    def __init__(self, layers: nn.ModuleList, gains: list[float], context_size: int, args: Args):
+        """layers: the base layers; gains: of their initialisation"""
+        super().__init__()
+        self.form = args.hyper
+        self.basis, self.rank = K, r = hyper_sizes(args)
+        sizes = [(layer.in_features, layer.out_features) for layer in layers]
+        self.num_generated = sum(i * o + o for i, o in sizes)
+        self.alpha = layer_init(nn.Linear(context_size, K), 1.0) if K != context_size else nn.Identity()
+        if self.form == "low-rank":
+            self.beta = layer_init(nn.Linear(context_size, K), 1.0)
+        if self.form == "last-layer":
+            self.scales = nn.ModuleList(nn.Linear(context_size, o) for _, o in sizes[:-1])
+            for layer in self.scales:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        self.first = len(sizes) - 1 if self.form == "last-layer" else 0  # the first layer that has a sum of its own
+        self.down, self.up = nn.ModuleList(), nn.ParameterList()
+        for (size_in, size_out), gain in list(zip(sizes, gains, strict=True))[self.first :]:
+            # Weight and bias of a layer side by side, [out, in + 1]: V [K*r, in + 1], or B itself [K*out, in + 1]
+            self.down.append(layer_init(nn.Linear(size_in, K * r if r else K * size_out), 1.0))
+            if r:
+                self.up.append(nn.Parameter(torch.zeros(size_out, K * r)))  # U
+            elif self.form == "full":
+                for block in self.down[-1].weight.data.split(size_out):
+                    nn.init.orthogonal_(block, gain)
+            else:
+                nn.init.zeros_(self.down[-1].weight)
+
+    def code(self, context: torch.Tensor) -> torch.Tensor:
+        """[..., C] -> [..., P]"""
+        if self.form == "full":
+            return F.normalize(self.alpha(context), dim=-1)
+        if self.form == "low-rank":
+            return torch.cat([self.alpha(context), self.beta(context)], dim=-1)
+        return self.alpha(context) if self.form == "delta" else context
+
+    def coefficients(self, code: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A code [..., P] as a; with low-rank a, b; with last-layer (whose code is the context) a, s of each layer"""
+        if self.form == "last-layer":
+            return self.alpha(code), *(layer(code) for layer in self.scales)
+        return code.chunk(2, dim=-1) if self.form == "low-rank" else (code,)
+
+    def apply_layer(
+        self, i: int, layer: nn.Linear | None, x: torch.Tensor, parts: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Layer i with generated weights. layer: its base (None in `full`), x [B, in], parts of the code -> [B, out]"""
+        y = layer(x) if layer is not None else 0.0
+        if i < self.first:
+            return torch.addcmul(y, y, parts[1 + i])
+        i -= self.first
+        z = self.down[i](x).unflatten(-1, (self.basis, -1))  # [B, K, r or out]
+        if self.form == "low-rank":
+            z = (z * parts[1].unsqueeze(-1)).sum(1, keepdim=True)  # B(c) x: [B, 1, r]
+        z = z * parts[0].unsqueeze(-1)
         if not self.rank:
-            return y + z.sum(-2)
-        return torch.addmm(y.flatten(0, -2), z.reshape(-1, self.basis * self.rank), self.up[layer].T).view_as(y)
+            return y + z.sum(1)
+        return y.addmm_(z.flatten(1), self.up[i].T)  # in place: y is ours alone
+
+    def squared_norms(self, layers: nn.ModuleList, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact squared norms over all weights and biases, from Gram matrices of the B_k instead of the weights.
+
+        code [T, ..., P] -> ||delta_theta_t||^2 [T, ...], ||delta_theta_t+1 - delta_theta_t||^2 [T-1, ...]
+        """
+        if self.form == "low-rank":
+            # ||A B - A' B'||^2 from three inner products; changes below a thousandth of the norm drown in rounding
+            norms, inner = self.low_rank_products(code)
+            return norms, (norms[1:] + norms[:-1] - 2 * inner).clamp(min=0)
+        gram = self.gram()
+        if self.form == "last-layer":  # everything is linear in [context, 1]: a Gram matrix [C + 1, C + 1] over that
+            C = code.shape[-1]
+            identity = isinstance(self.alpha, nn.Identity)
+            alpha = torch.eye(C, C + 1, device=code.device) if identity else with_bias(self.alpha)
+            gram = alpha.T @ gram @ alpha
+            for layer, scale in zip(layers[: self.first], self.scales, strict=True):
+                rows = with_bias(layer).square().sum(-1, keepdim=True)  # s_i changes row i by s_i times that row
+                gram = gram + with_bias(scale).T @ (rows * with_bias(scale))
+            code = F.pad(code, (0, 1), value=1.0)
+        return quadratic_form(code.detach(), gram.detach()), quadratic_form(code[1:] - code[:-1], gram)
 
     def gram(self) -> torch.Tensor:
-        """<B_k, B_l> over all weights and biases: [K, K]. ||sum_k alpha_k B_k||^2 = alpha^T gram alpha, exactly."""
+        """<B_k, B_l> over all weights and biases: [K, K]"""
         total = 0.0
         for i, down in enumerate(self.down):
-            rows = torch.cat([down.weight, down.bias.unsqueeze(-1)], dim=-1)  # [K*r or K*out, in + 1]
+            rows = with_bias(down)  # [K*r or K*out, in + 1]
             if self.rank:  # <U_k V_k, U_l V_l> = sum over the ranks i, j of (u_ki . u_lj) (v_ki . v_lj)
                 pairs = (self.up[i].T @ self.up[i]) * (rows @ rows.T)  # [K*r, K*r]
                 total = total + pairs.unflatten(0, (-1, self.rank)).unflatten(-1, (-1, self.rank)).sum((1, 3))
@@ -319,6 +467,36 @@ class HyperNetwork(nn.Module):
                 rows = rows.view(self.basis, -1)
                 total = total + rows @ rows.T
         return total
+
+    def low_rank_products(self, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """<A_t B_t, A_t B_t> [T, ...] and <A_t+1 B_t+1, A_t B_t> [T-1, ...], summed over layers; code [T, ..., 2 K]
+
+        <A B, A' B'> is the sum of the entries of (A^T A') * (B B'^T), both r x r.
+        """
+        K, r = self.basis, self.rank
+        norms = inner = 0.0
+        for down, up in zip(self.down, self.up, strict=True):
+            rows = with_bias(down)  # [K*r, in + 1]
+            same, next_to = [], []  # A^T A' and B B'^T, as [..., r*r]
+            for x, products in zip(self.coefficients(code), (up.T @ up, rows @ rows.T), strict=True):
+                products = products.view(K, r, K, r).permute(0, 2, 1, 3).reshape(K, K * r * r)
+                left = (x @ products).unflatten(-1, (K, r * r))  # [T, ..., K, r*r]
+                same.append((left * x.unsqueeze(-1)).sum(-2))
+                next_to.append((left[1:] * x[:-1].unsqueeze(-1)).sum(-2))
+            norms = norms + (same[0] * same[1]).sum(-1)
+            inner = inner + (next_to[0] * next_to[1]).sum(-1)
+        return norms, inner
+
+
+def generated_mlp(
+    x: torch.Tensor, layers: nn.ModuleList, hyper: HyperNetwork | None, code: torch.Tensor | None
+) -> torch.Tensor:
+    """Linear layers with ReLU between them, as they are or as `hyper` makes them: x [B, in], code [B, P] -> [B, out]"""
+    parts = hyper.coefficients(code) if hyper else ()
+    for i, layer in enumerate(layers):
+        x = hyper.apply_layer(i, layer, x, parts) if hyper else layer(x)
+        x = x.relu_() if i + 1 < len(layers) else x
+    return x
 
 
 class Actor(nn.Module):
@@ -330,14 +508,32 @@ class Actor(nn.Module):
         self.discrete = spec["discrete"]
         self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"])
         self.num_ids = spec["num_agents"] if args.agent_id else 0
-        sizes = [self.trunk.num_features + self.num_ids, args.hidden_size, args.hidden_size, spec["num_actions"]]
-        layer_sizes = list(itertools.pairwise(sizes))
-        self.layers = nn.ModuleList(layer_init(nn.Linear(*size)) for size in layer_sizes)
-        layer_init(self.layers[-1], 0.01)
+        # A list, so that the frozen encoder is no part of this module: it has a checkpoint of its own.
+        self.subgoals = [load_subgoals(args.subgoals, spec)] if args.subgoals else []
+        self.num_subgoals = self.subgoals[0].config["latent_size"] if self.subgoals else 0
+        self.context = self.hyper = None
+        if args.hyper != "none" or args.actor_context:
+            self.context = Context(self.trunk.num_features, spec["num_agents"], self.num_subgoals, args)
+        context_size = args.context_size if self.context else 0
+        inputs = self.trunk.num_features + self.num_ids + (context_size if args.actor_context else 0)
+        H = args.hidden_size if args.match_params is None else matching_width(inputs, spec, args)
+        sizes, gains = [inputs, H, H, spec["num_actions"]], [math.sqrt(2), math.sqrt(2), 0.01]
+        self.layers = nn.ModuleList(
+            layer_init(nn.Linear(*size), gain) for size, gain in zip(itertools.pairwise(sizes), gains, strict=True)
+        )
         if not self.discrete:
             self.logstd = nn.Parameter(torch.zeros(spec["num_actions"]))
-        self.hyper = HyperNetwork(self.trunk.num_features, layer_sizes, args) if args.hyper != "none" else None
-        self.hidden_size = self.hyper.hidden_size if self.hyper else 0
+        if args.hyper != "none":
+            self.hyper = HyperNetwork(self.layers, gains, context_size, args)
+            if args.hyper == "full":
+                self.layers = nn.ModuleList(3 * [None])  # no base weights
+        self.hidden_size = self.context.hidden_size if self.context else 0
+        self.memory_size = self.hidden_size + (self.subgoals[0].history_size if self.subgoals else 0)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether its update needs consecutive steps: for the history, or for the smoothness of what changes."""
+        return self.context is not None and (self.context.kind != "agent-id" or bool(self.subgoals))
 
     def forward(
         self,
@@ -346,49 +542,100 @@ class Actor(nn.Module):
         active: torch.Tensor,
         starts: torch.Tensor,
         hidden: torch.Tensor,
+        z: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The one forward of acting (T = 1), updating and evaluating.
 
-        obs [T, N, A, *O], action_mask [T, N, A, n] or None, active [T, N, A], starts [T, N],
-        hidden [N, A, hidden_size] before step 0 -> dist [T, N, A, n], alpha [T, N, A, K] or None, hidden after T.
+        obs [T, N, A, *O], action_mask [T, N, A, n] or None, active [T, N, A], starts [T, N], z [T, N, A, Z] subgoals
+        or None, hidden [N, A, hidden_size] before step 0
+        -> dist [T, N, A, n], the hypernetwork's code [T, N, A, P] or None, hidden after T.
         """
         x = self.trunk(obs)  # [T, N, A, F]
-        alpha = None
-        if self.hyper:
-            context, hidden = self.hyper.context(x, active, starts, hidden)
-            alpha = self.hyper.alpha(context)
+        code = None
+        if self.context:
+            context, hidden = self.context(x, z, active, starts, hidden)
+            if self.hyper:
+                code = self.hyper.code(context)
+            else:
+                x = torch.cat([x, context], dim=-1)
         if self.num_ids:
             ids = torch.eye(self.num_ids, device=x.device).expand(*x.shape[:-1], self.num_ids)
             x = torch.cat([x, ids], dim=-1)
-        for i, layer in enumerate(self.layers):
-            y = layer(x)
-            if alpha is not None:
-                y = self.hyper.add_delta(i, y, x, alpha)
-            x = y.relu_() if i + 1 < len(self.layers) else y
+        x = generated_mlp(x.flatten(0, 2), self.layers, self.hyper, None if code is None else code.flatten(0, 2))
+        x = x.view(*active.shape, -1)  # [T*N*A, n] -> [T, N, A, n]
         if not self.discrete:
-            return torch.cat([x, self.logstd.expand_as(x)], dim=-1), alpha, hidden
+            return torch.cat([x, self.logstd.expand_as(x)], dim=-1), code, hidden
         if action_mask is not None:
             x = x.masked_fill(~action_mask, -1e9)  # finite: 0 * log 0 must be 0 in entropy and KL
-        return x.log_softmax(dim=-1), alpha, hidden
+        return x.log_softmax(dim=-1), code, hidden
+
+
+def matching_width(num_inputs: int, spec: dict, args: Args) -> int:
+    """The hidden width at which a plain actor has as many parameters as the hyper actor of --match-params."""
+    with torch.random.fork_rng(devices=[]):
+        hyper_actor = Actor(spec, replace(args, hyper=args.match_params, actor_context=False, match_params=None))
+        context = Actor(spec, replace(args, match_params=None)).context
+    target = sum(p.numel() for p in hyper_actor.parameters()) - sum(p.numel() for p in hyper_actor.trunk.parameters())
+    target -= sum(p.numel() for p in context.parameters()) if context else 0
+    n = spec["num_actions"]
+
+    def count(width: int) -> int:
+        return (num_inputs + 1) * width + (width + 1) * width + (width + 1) * n + (0 if spec["discrete"] else n)
+
+    return min(range(1, 65_536), key=lambda width: abs(count(width) - target))
+
+
+def load_subgoals(run_dir: str, spec: dict) -> nn.Module:
+    """The frozen encoder of a pretrain_vae.py run. UsageError: unreadable, or trained on other observations."""
+    from pretrain_vae import load_vae
+
+    try:
+        encoder = load_vae(run_dir)
+        encoder.check_input("obs", spec["obs_shape"])
+    except ValueError as error:
+        raise UsageError(f"--subgoals: {error}") from None
+    return encoder
+
+
+def start_from(args: Args, spec: dict, actor: Actor, critic: Critic, value_norm: ValueNorm) -> None:
+    """--init-from: takes over weights and value statistics. UsageError: of another env or architecture."""
+    checkpoint = load_checkpoint(args.init_from)
+    saved = Args(**checkpoint["args"])
+    differ = [name for name in ARCHITECTURE if getattr(saved, name) != getattr(args, name)]
+    if checkpoint["spec"] != spec:
+        raise UsageError(f"--init-from {args.init_from} is of env {checkpoint['spec']}, here it is {spec}")
+    if differ:
+        given = ", ".join(f"{name} {getattr(args, name)} (it has {getattr(saved, name)})" for name in differ)
+        raise UsageError(f"--init-from {args.init_from} contradicts {given}: use the same")
+    for module, name in ((actor, "actor"), (critic, "critic"), (value_norm, "value_norm")):
+        module.load_state_dict(checkpoint[name])
 
 
 class Critic(nn.Module):
-    """Centralised: the global state -> one value for each agent, in normalised units: [..., *S] -> [..., A]."""
+    """Centralised: the global state -> one value for each agent, in normalised units: [..., *S] -> [..., A].
+
+    With --hyper-critic its weights are made from a context, too: an encoding of the state, without history, so that
+    the value of an episode's last state needs nothing else.
+    """
 
     def __init__(self, spec: dict, args: Args):
         super().__init__()
         self.trunk = Trunk(spec["state_shape"], spec["state_scale"])
-        H = args.hidden_size
-        self.layers = nn.Sequential(
-            layer_init(nn.Linear(self.trunk.num_features, H)),
-            nn.ReLU(inplace=True),
-            layer_init(nn.Linear(H, H)),
-            nn.ReLU(inplace=True),
-            layer_init(nn.Linear(H, spec["num_agents"]), 1.0),
-        )
+        H, gains = args.hidden_size, [math.sqrt(2), math.sqrt(2), 1.0]
+        sizes = itertools.pairwise([self.trunk.num_features, H, H, spec["num_agents"]])
+        self.layers = nn.ModuleList(layer_init(nn.Linear(*size), gain) for size, gain in zip(sizes, gains, strict=True))
+        self.hyper = None
+        if args.hyper_critic:
+            self.encoder = layer_init(nn.Linear(self.trunk.num_features, args.context_size))
+            self.hyper = HyperNetwork(self.layers, gains, args.context_size, args)
+            if args.hyper == "full":
+                self.layers = nn.ModuleList(3 * [None])
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.layers(self.trunk(state))
+        features = self.trunk(state)
+        x = features.flatten(0, -2)  # [..., F] -> [B, F]
+        code = self.hyper.code(self.encoder(x).relu_()) if self.hyper else None
+        return generated_mlp(x, self.layers, self.hyper, code).view(*features.shape[:-1], -1)
 
 
 class ValueNorm(nn.Module):
@@ -399,11 +646,8 @@ class ValueNorm(nn.Module):
         self.enabled, self.decay = enabled, decay
         self.register_buffer("moments", torch.zeros(3))  # decayed sums of x, x^2, 1
 
-    @torch.no_grad()
-    def update(self, returns: torch.Tensor, weights: torch.Tensor) -> None:
-        """returns, weights (1 where active, else 0): [...]"""
-        total = weights.sum().clamp(min=1.0)
-        batch = torch.stack([(returns * weights).sum() / total, (returns**2 * weights).sum() / total, total / total])
+    def update(self, returns_mean: torch.Tensor, returns_var: torch.Tensor) -> None:
+        batch = torch.stack([returns_mean, returns_var + returns_mean**2, torch.ones_like(returns_mean)])
         self.moments.lerp_(batch, 1 - self.decay)
 
     def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -463,8 +707,28 @@ def masked_mean(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (x * weights).sum() / weights.sum().clamp(min=1.0)
 
 
-def masked_var(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return masked_mean((x - masked_mean(x, weights)) ** 2, weights)
+def mean_var(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance over the samples of weight 1, those of all processes together."""
+    total, x_sum = all_sum(torch.stack([weights.sum(), (x * weights).sum()]))
+    mean = x_sum / total.clamp(min=1.0)
+    return mean, all_sum(((x - mean) ** 2 * weights).sum()) / total.clamp(min=1.0)
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of torchrun; x itself without it."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def average_gradients(params: list[nn.Parameter]) -> None:
+    """Every process goes on with the mean gradient of all: one exchange of all of them side by side."""
+    if dist.is_initialized():
+        grads = [p.grad for p in params if p.grad is not None]
+        flat = all_sum(torch.cat([g.flatten() for g in grads])) / dist.get_world_size()
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view_as(g))
 
 
 def regression_loss(error: torch.Tensor, huber_delta: float | None) -> torch.Tensor:
@@ -500,16 +764,18 @@ def compute_gae(
 
 
 def smoothness(
-    alpha: torch.Tensor, gram: torch.Tensor, active: torch.Tensor, starts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much theta changes between consecutive steps of one episode: mean ||change||^2, mean ||change|| (no grad).
+    actor: Actor, code: torch.Tensor, active: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How much theta changes between consecutive steps of one episode: mean ||change||^2, and without gradient
+    mean ||change||, mean ||delta_theta||.
 
-    alpha [T, N, A, K], gram [K, K], active [T, N, A], starts [T, N] -> two scalars. A step that opens an episode has
-    no predecessor, an agent that left has no successor.
+    code [T, N, A, P], active [T, N, A], starts [T, N] -> three scalars. A step that opens an episode has no
+    predecessor, an agent that left has no successor.
     """
+    norms, changes = actor.hyper.squared_norms(actor.layers, code)
     pairs = (active[1:] & active[:-1] & ~starts[1:].unsqueeze(-1)).float()  # [T-1, N, A]
-    change = quadratic_form(alpha[1:] - alpha[:-1], gram)
-    return masked_mean(change, pairs), masked_mean(change.detach().sqrt(), pairs)
+    step_change = masked_mean(changes.detach().sqrt(), pairs)
+    return masked_mean(changes, pairs), step_change, masked_mean(norms.detach().sqrt(), active.float())
 
 
 def quadratic_form(alpha: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -517,23 +783,32 @@ def quadratic_form(alpha: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     return ((alpha @ gram) * alpha).sum(-1).clamp(min=0)
 
 
+def clipped_policy_loss(
+    newlogprob: torch.Tensor, mb: dict[str, torch.Tensor], weights: torch.Tensor, clip_coef: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7): -> loss, log ratio, ratio"""
+    logratio = (newlogprob - mb["logprobs"]) * weights
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return masked_mean(torch.max(-mb["advantages"] * ratio, -mb["advantages"] * clipped), weights), logratio, ratio
+
+
 def ppo_loss(
     actor: Actor, critic: Critic, mb: dict[str, torch.Tensor], args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped loss with the hypernetwork's two penalties: -> scalar loss, the numbers named in LOSSES (no grad).
 
-    mb holds sequences [L, S, ...]: obs state action_mask active starts actions dists logprobs advantages
-    returns values (the last two normalised), and hidden [1, S, A, hidden] from before their first step.
+    mb holds sequences [L, S, ...]: obs state action_mask active learns (whose samples count) starts actions dists
+    anchor_dists logprobs advantages returns values (the last two normalised), z (subgoals), and hidden
+    [1, S, A, hidden] from before their first step.
     """
-    weights = mb["active"].float()  # every mean is over active agents only
-    dist, alpha, _ = actor(mb["obs"], mb.get("action_mask"), mb["active"], mb["starts"], mb["hidden"][0])
+    weights = mb["learns"].float()  # every mean is over agents that are active and learn
+    inputs = (mb["obs"], mb.get("action_mask"), mb["active"], mb["starts"], mb["hidden"][0], mb.get("z"))
+    dists, code, _ = actor(*inputs)
 
-    newlogprob = log_prob(dist, mb["actions"], actor.discrete)
-    logratio = (newlogprob - mb["logprobs"]) * weights
-    ratio = logratio.exp()
-    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = masked_mean(torch.max(-mb["advantages"] * ratio, -mb["advantages"] * clipped), weights)
-    entropy_bonus = masked_mean(entropy(dist, actor.discrete), weights)
+    newlogprob = log_prob(dists, mb["actions"], actor.discrete)
+    pg_loss, logratio, ratio = clipped_policy_loss(newlogprob, mb, weights, args.clip_coef)
+    entropy_bonus = masked_mean(entropy(dists, actor.discrete), weights)
 
     newvalue = critic(mb["state"])  # [L, S, A]
     value_error = regression_loss(newvalue - mb["returns"], args.huber_delta)
@@ -545,12 +820,10 @@ def ppo_loss(
     loss = pg_loss - args.ent_coef * entropy_bonus + args.vf_coef * v_loss
     smooth_loss = align_kl = delta_norm = step_change = torch.zeros_like(loss)
     if actor.hyper:
-        gram = actor.hyper.gram()
-        change, step_change = smoothness(alpha, gram, mb["active"], mb["starts"])
+        change, step_change, delta_norm = smoothness(actor, code, mb["learns"], mb["starts"])
         smooth_loss = change / actor.hyper.num_generated
-        align_kl = masked_mean(kl_divergence(mb["dists"], dist, actor.discrete), weights)
+        align_kl = masked_mean(kl_divergence(mb["anchor_dists"], dists, actor.discrete), weights)
         loss = loss + args.smooth_coef * smooth_loss + args.align_coef * align_kl
-        delta_norm = masked_mean(quadratic_form(alpha.detach(), gram.detach()).sqrt(), weights)
 
     # The two estimates of KL(old || new): http://joschu.net/blog/kl-approx.html
     old_approx_kl, approx_kl = masked_mean(-logratio, weights), masked_mean((ratio - 1) - logratio, weights)
@@ -559,26 +832,67 @@ def ppo_loss(
     return loss, torch.stack([*numbers, smooth_loss, align_kl, delta_norm, step_change]).detach()
 
 
+def gradient_cosine(actor: Actor, mb: dict[str, torch.Tensor], args: Args) -> torch.Tensor:
+    """Mean cosine between the agents' policy gradients: 1 all pull the same way, 0 unrelated. Scalar."""
+    inputs = (mb["obs"], mb.get("action_mask"), mb["active"], mb["starts"], mb["hidden"][0], mb.get("z"))
+    newlogprob = log_prob(actor(*inputs)[0], mb["actions"], actor.discrete)
+    params, gradients = [p for p in actor.parameters() if p.requires_grad], []
+    learners = mb["learns"].flatten(0, 1).any(0)  # [A]
+    for i in range(len(learners)):
+        weights = torch.zeros_like(newlogprob)
+        weights[..., i] = mb["learns"][..., i].float()
+        loss, _, _ = clipped_policy_loss(newlogprob, mb, weights, args.clip_coef)
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    gradients = F.normalize(torch.stack(gradients), dim=-1)
+    pairs = (learners.unsqueeze(-1) & learners).float().triu(1)
+    return masked_mean(gradients @ gradients.T, pairs)
+
+
 # ------------------------------------------------------------------------------- evaluation, checkpoints
 
 
 @torch.no_grad()
 def act(
-    actor: Actor, step: EnvStep, starts: torch.Tensor, hidden: torch.Tensor, deterministic: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One env step's actions [N, A] or [N, A, D], dist [N, A, n] and the hidden state to carry on."""
+    actor: Actor, step: EnvStep, starts: torch.Tensor, memory: torch.Tensor, deterministic: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """One env step: actions [N, A] or [N, A, D], dist [N, A, n], subgoals z [N, A, Z] or None, memory to carry on.
+
+    memory [N, A, memory_size]: the context's hidden state, then the subgoal encoder's history.
+    """
+    hidden, history = memory.split([actor.hidden_size, actor.memory_size - actor.hidden_size], dim=-1)
+    z = None
+    if actor.subgoals:
+        history = history * (~starts).float().view(-1, 1, 1)
+        z = actor.subgoals[0].encode(step.obs, history)
     action_mask = None if step.action_mask is None else step.action_mask.unsqueeze(0)
-    dist, _, hidden = actor(step.obs.unsqueeze(0), action_mask, step.active.unsqueeze(0), starts.unsqueeze(0), hidden)
-    return sample_actions(dist[0], actor.discrete, deterministic), dist[0], hidden
+    inputs = (step.obs.unsqueeze(0), action_mask, step.active.unsqueeze(0), starts.unsqueeze(0), hidden)
+    dists, _, hidden = actor(*inputs, None if z is None else z.unsqueeze(0))
+    actions = sample_actions(dists[0], actor.discrete, deterministic)
+    return actions, dists[0], z, torch.cat([hidden, history], dim=-1)
+
+
+def remember(actor: Actor, step: EnvStep, actions: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """The memory after all seats' `actions` at `step` are known: who did what is the subgoal encoder's history."""
+    if not actor.subgoals:
+        return memory
+    hidden, history = memory.split([actor.hidden_size, actor.memory_size - actor.hidden_size], dim=-1)
+    return torch.cat([hidden, actor.subgoals[0].observe(history, step.obs, actions)], dim=-1)
 
 
 def evaluate(
-    actor: Actor, env: VecEnv, num_episodes: int, seed: int, deterministic: bool = False, frames: list | None = None
+    actor: Actor,
+    env: VecEnv,
+    num_episodes: int,
+    seed: int,
+    deterministic: bool = False,
+    frames: list | None = None,
+    partners: Partners | None = None,
 ) -> dict[str, torch.Tensor]:
     """Plays episodes with the forward of training: {"returns": [num_episodes, A], "lengths": [num_episodes]}.
 
     Every env plays a fixed share of the episodes, so that short ones are not over-represented.
-    `frames` collects the pictures of env 0.
+    `frames` collects the pictures of env 0; `partners` play their seats.
     """
     torch.manual_seed(seed)
     N = env.num_envs
@@ -586,12 +900,14 @@ def evaluate(
     returns, lengths = [], []
     step = env.reset(seed)
     starts = torch.ones(N, dtype=torch.bool, device=env.device)
-    hidden = torch.zeros(N, env.num_agents, actor.hidden_size, device=env.device)
+    memory = torch.zeros(N, env.num_agents, actor.memory_size, device=env.device)
     with tqdm(total=num_episodes, desc="evaluation", unit="episode", disable=None) as bar:
         while len(returns) < num_episodes:
             if frames is not None:
                 frames.append(env.render())
-            actions, _, hidden = act(actor, step, starts, hidden, deterministic)
+            actions, _, _, memory = act(actor, step, starts, memory, deterministic)
+            actions = partners.play(step, actions) if partners else actions
+            memory = remember(actor, step, actions, memory)
             step = env.step(actions)
             starts = step.episode_over
             for i in starts.nonzero().flatten().tolist():
@@ -609,9 +925,10 @@ def evaluate_run(actor: Actor, args: Args, run_dir: Path, device: torch.device) 
     if args.eval_episodes:
         num_procs = min(env_procs(args, "pettingzoo"), args.eval_episodes)
         env = make_vec_env(args.env_id, max(1, num_procs), device, seed, "pettingzoo", num_procs, **env_kwargs)
-        played = evaluate(actor, env, args.eval_episodes, seed, args.eval_deterministic)
+        partners = Partners(args.partners, env)
+        played = evaluate(actor, env, args.eval_episodes, seed, args.eval_deterministic, partners=partners)
         env.close()
-        team = played["returns"].mean(dim=1)  # [episodes, A] -> [episodes]
+        team = played["returns"][:, : partners.first_seat].mean(dim=1)  # [episodes, A] -> [episodes]: who learns
         n = len(team)
         half = float(team.std() * student_t.ppf(0.975, n - 1) / math.sqrt(n)) if n > 1 else math.nan
         report = {"env_id": env.env_id, "backend": env.backend, "episodes": n, "seed": seed}
@@ -625,7 +942,7 @@ def evaluate_run(actor: Actor, args: Args, run_dir: Path, device: torch.device) 
     if args.capture_video:
         env = make_vec_env(args.env_id, 1, device, seed, "pettingzoo", render_mode="rgb_array", **env_kwargs)
         frames: list[np.ndarray] = []
-        evaluate(actor, env, 1, seed, args.eval_deterministic, frames)
+        evaluate(actor, env, 1, seed, args.eval_deterministic, frames, Partners(args.partners, env))
         env.close()
         imageio.mimsave(run_dir / "video.gif", frames, duration=60, loop=0)
         print(f"video    {run_dir / 'video.gif'} ({len(frames)} frames)")
@@ -662,7 +979,11 @@ def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> 
 
 
 class Policy:
-    """A run folder's policy for other programs: hidden = initial_state(N), then actions, hidden = act(step, hidden)."""
+    """A run folder's policy for other programs.
+
+    memory = initial_state(N), then for each step: actions, memory = act(step, memory), and once the joint action is
+    known, of which its own may be a part: memory = remember(step, joint_actions, memory)
+    """
 
     def __init__(self, run_dir: str | Path, device: str | torch.device = "cpu"):
         checkpoint = load_checkpoint(run_dir, device)
@@ -671,12 +992,15 @@ class Policy:
         self.actor.load_state_dict(checkpoint["actor"])
 
     def initial_state(self, num_envs: int) -> torch.Tensor:
-        return torch.zeros(num_envs, self.spec["num_agents"], self.actor.hidden_size, device=self.device)
+        return torch.zeros(num_envs, self.spec["num_agents"], self.actor.memory_size, device=self.device)
 
-    def act(self, step: EnvStep, hidden: torch.Tensor, deterministic: bool = False) -> tuple[torch.Tensor, ...]:
-        """-> actions [N, A] or [N, A, D], hidden. Where the last `step` ended an episode, hidden starts afresh."""
-        actions, _, hidden = act(self.actor, step, step.episode_over, hidden, deterministic)
-        return actions, hidden
+    def act(self, step: EnvStep, memory: torch.Tensor, deterministic: bool = False) -> tuple[torch.Tensor, ...]:
+        """-> actions [N, A] or [N, A, D], memory. Where the last `step` ended an episode, memory starts afresh."""
+        actions, _, _, memory = act(self.actor, step, step.episode_over, memory, deterministic)
+        return actions, memory
+
+    def remember(self, step: EnvStep, actions: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return remember(self.actor, step, actions, memory)
 
 
 load_policy = Policy
@@ -691,6 +1015,112 @@ def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Call
     value_norm = ValueNorm(args.value_norm).to(device)
     value_norm.load_state_dict(checkpoint["value_norm"])
     return torch.no_grad()(lambda state: value_norm.denormalize(critic(state)))
+
+
+# ----------------------------------------------------------------------------------------------- partners
+
+
+class FixedPolicy:
+    """A policy without memory, with the methods of Policy. `choose`: step -> actions [N, A] or [N, A, D]"""
+
+    def __init__(self, choose: Callable[[EnvStep], torch.Tensor]):
+        self.choose = choose
+
+    def initial_state(self, num_envs: int) -> None:
+        return None
+
+    def act(self, step: EnvStep, memory: None) -> tuple[torch.Tensor, None]:
+        return self.choose(step), None
+
+    def remember(self, step: EnvStep, actions: torch.Tensor, memory: None) -> None:
+        return None
+
+
+def make_policy(name: str, env: VecEnv) -> Policy | FixedPolicy:
+    """A policy that acts in all seats of all envs. ValueError for an unknown name or a policy of another env.
+
+    name: "random" (any env), a scripted player of the stag hunt, or a run folder.
+    """
+    if (Path(name) / "latest.pt").exists():
+        policy = load_policy(name, env.device)
+        shapes = {"obs_shape": list(env.obs_shape), "num_agents": env.num_agents}
+        trained = {key: policy.spec[key] for key in shapes}
+        if trained != shapes:
+            raise ValueError(f"{name} was trained with {trained}, but {env.env_id} has {shapes}; use its env")
+        return policy
+    is_stag_hunt = env.env_id in stag_hunt.PRESETS
+    scripted = stag_hunt.SCRIPTED if is_stag_hunt else ("random",)
+    if name not in scripted:
+        raise ValueError(
+            f"policy: expected {', '.join(scripted)} or a run folder with latest.pt, got {name!r}; name one of these"
+        )
+    if is_stag_hunt:
+        A = env.num_agents
+        planes = torch.cat([stag_hunt.ego_order(A), torch.arange(A, A + 3).expand(A, 3)], dim=1).to(env.device)
+
+        def choose(step: EnvStep) -> torch.Tensor:
+            whole_map = step.state[..., planes].movedim(-2, 1)  # [N, H, W, A+3] -> [N, A, H, W, A+3]: as seats count
+            return stag_hunt.sample_actions(stag_hunt.action_probs(name, whole_map, step.action_mask))  # [N, A]
+
+    elif isinstance(env.action_space, gym.spaces.Discrete):
+
+        def choose(step: EnvStep) -> torch.Tensor:
+            legal = torch.ones(*step.active.shape, env.action_space.n, device=env.device)  # [N, A, n]
+            legal = legal if step.action_mask is None else step.action_mask.float()
+            return torch.multinomial(legal.flatten(0, 1), 1).view(step.active.shape)
+
+    else:
+        low, high = (torch.as_tensor(x, device=env.device) for x in (env.action_space.low, env.action_space.high))
+        if not (low.isfinite() & high.isfinite()).all():
+            raise ValueError(f"random expected a bounded action space, got {env.action_space}; use another policy")
+
+        def choose(step: EnvStep) -> torch.Tensor:
+            return low + (high - low) * torch.rand(*step.active.shape, *low.shape, device=env.device)
+
+    return FixedPolicy(choose)
+
+
+def parse_partners(partners: tuple[str, ...]) -> list[tuple[str, int]]:
+    """("nearest_stag:2", "random:1") -> [("nearest_stag", 2), ("random", 1)]. UsageError where that is not its form."""
+    parsed = []
+    for partner in partners:
+        name, _, seats = partner.rpartition(":")
+        if not name or not seats.isdigit() or int(seats) < 1:
+            raise UsageError(f"--partners expects NAME:SEATS with at least 1 seat, like random:1, got {partner!r}")
+        parsed.append((name, int(seats)))
+    return parsed
+
+
+class Partners:
+    """Fixed partners in the last seats of every env. UsageError: more than there are seats, or unusable ones."""
+
+    def __init__(self, partners: tuple[str, ...], env: VecEnv):
+        parsed = parse_partners(partners)
+        self.first_seat = seat = env.num_agents - sum(seats for _, seats in parsed)  # the seats before it learn
+        if seat < 1:
+            raise UsageError(
+                f"--partners fill {env.num_agents - seat} seats of {env.env_id}, which has {env.num_agents}: "
+                "leave at least 1 to learn"
+            )
+        self.policies, self.memories, self.first_seats = [], [], []
+        for name, seats in parsed:
+            try:
+                self.policies.append(make_policy(name, env))
+            except ValueError as error:
+                raise UsageError(f"--partners: {error}") from None
+            self.memories.append(self.policies[-1].initial_state(env.num_envs))
+            self.first_seats.append(seat)
+            seat += seats
+
+    @torch.no_grad()
+    def play(self, step: EnvStep, actions: torch.Tensor) -> torch.Tensor:
+        """The learners' actions [N, A] or [N, A, D] with the partners' own in their seats."""
+        for i, (policy, first_seat) in enumerate(zip(self.policies, self.first_seats, strict=True)):
+            chosen, self.memories[i] = policy.act(step, self.memories[i])
+            actions = torch.cat([actions[:, :first_seat], chosen[:, first_seat:]], dim=1)
+        for i, policy in enumerate(self.policies):
+            self.memories[i] = policy.remember(step, actions, self.memories[i])
+        return actions
 
 
 # -------------------------------------------------------------------------------------------- small parts
@@ -717,35 +1147,50 @@ def env_procs(args: Args, backend: str) -> int:
     return default_env_procs(args.num_envs or 8) if args.num_env_procs is None else args.num_env_procs
 
 
-def check_args(args: Args) -> tuple[str, int, int]:
+def chunk_length(args: Args) -> int:
+    """L, the steps of a training sequence: --chunk-length, or what None stands for."""
+    return args.chunk_length or max(L for L in range(1, 17) if args.num_steps % L == 0)
+
+
+def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
     """Everything that can be wrong before an env is made: UsageError in one line.
 
-    -> backend, num_envs, num_minibatches
+    -> backend, num_envs (of all processes together), num_minibatches
     """
 
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
 
-    for name in (
-        "num_envs",
-        "num_steps",
-        "num_minibatches",
-        "update_epochs",
-        "hidden_size",
-        "save_every",
-        "hyper_basis",
-    ):
+    at_least_1 = "num_envs num_steps num_minibatches update_epochs hidden_size save_every chunk_length hyper_basis "
+    for name in [*at_least_1.split(), "context_size", "context_heads", "target_sync_interval"]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag(name)} must be at least 1, got {value}")
-    if args.hyper == "none":
-        given = [flag(name) for name in HYPER_ONLY if getattr(args, name) != getattr(Args, name)]
+
+    def refuse(names: list[str], why: str) -> None:
+        given = [flag(name) for name in names if getattr(args, name) != getattr(Args, name)]
         if given:
-            raise UsageError(
-                f"{', '.join(given)} would do nothing with --hyper none: leave out, or choose --hyper delta"
-            )
+            raise UsageError(f"{', '.join(given)} would do nothing {why}: leave out, or change the other")
+
+    if args.hyper == "none" and args.match_params is None:
+        refuse(HYPER_ONLY, "with --hyper none")
+        if not args.actor_context:
+            refuse(CONTEXT_ONLY, "with --hyper none, unless --actor-context is set")
+    if args.hyper != "none":
+        refuse(["actor_context"], f"with --hyper {args.hyper}: it is the control for --hyper none")
+        refuse(["match_params"], f"with --hyper {args.hyper}: it sizes the plain actor of --hyper none")
+    form = args.match_params or args.hyper
+    if form not in ("delta", "low-rank"):
+        refuse(["hyper_rank"], f"with --hyper {form}: only delta and low-rank have one")
+    if args.hyper_rank is not None and args.hyper_rank < (form == "low-rank"):
+        raise UsageError(f"--hyper-rank must be at least {int(form == 'low-rank')} with {form}, got {args.hyper_rank}")
+    if args.hyper_context == "agent-id":
+        refuse(["history", "share_delta"], "with --hyper-context agent-id, which never changes")
+    if args.hyper_context == "local":
+        refuse(["share_delta"], "with --hyper-context local: it needs all agents' contexts")
     if args.context_size % args.context_heads:
         raise UsageError(f"--context-size {args.context_size} is no multiple of --context-heads {args.context_heads}")
+    parse_partners(args.partners)
     try:
         env_kwargs = json.loads(args.env_kwargs)
         backend = check_env(args.env_id, args.backend, env_kwargs)
@@ -754,17 +1199,22 @@ def check_args(args: Args) -> tuple[str, int, int]:
     except ValueError as error:
         raise UsageError(str(error)) from None
     num_envs = args.num_envs or (128 if backend == "batched" else 8)
+    if num_envs % world_size:
+        raise UsageError(f"--num-envs {num_envs} cannot be shared by {world_size} processes: choose a multiple")
     batch = num_envs * args.num_steps
     if args.total_timesteps < batch:
         raise UsageError(
             f"--total-timesteps {args.total_timesteps} gives no update: one rollout takes {batch} env steps "
             f"({num_envs} envs x {args.num_steps} steps); raise it, or lower --num-envs or --num-steps"
         )
-    sequences = batch if args.hyper == "none" else num_envs  # a hypernetwork's minibatches keep whole env sequences
+    sequential = (args.hyper != "none" or args.actor_context) and (args.hyper_context != "agent-id" or args.subgoals)
+    if args.chunk_length is not None and args.num_steps % args.chunk_length:
+        raise UsageError(f"--chunk-length {args.chunk_length} does not divide --num-steps {args.num_steps}")
+    sequences = batch // (chunk_length(args) if sequential else 1) // world_size
     num_minibatches = args.num_minibatches or (8 if backend == "batched" else 4)
     if sequences % num_minibatches:
-        what = "env steps of a rollout" if args.hyper == "none" else "envs"
-        raise UsageError(f"--num-minibatches {num_minibatches} does not divide the {sequences} {what}")
+        what = f"sequences of {chunk_length(args)} steps" if sequential else "env steps of a rollout"
+        raise UsageError(f"--num-minibatches {num_minibatches} does not divide the {sequences} {what} of a process")
     return backend, num_envs, num_minibatches
 
 
@@ -777,17 +1227,40 @@ def record(rollout: dict[str, torch.Tensor], t: int, num_steps: int, **tensors: 
             rollout[name][t] = x
 
 
-def open_metrics(path: Path, keep_until: int) -> IO[str]:
+def open_metrics(path: Path, columns: list[str], keep_until: int) -> IO[str]:
     """metrics.csv, a row per update, opened to append; rows past global_step `keep_until` are dropped (resume)."""
     kept = []
     if path.exists():
         with open(path, newline="") as file:
             kept = [row for row in csv.DictReader(file) if int(row["global_step"]) <= keep_until]
     file = open(path, "w", newline="", buffering=1)
-    writer = csv.DictWriter(file, COLUMNS)
+    writer = csv.DictWriter(file, columns)
     writer.writeheader()
     writer.writerows(kept)
     return file
+
+
+def compile_works(device: torch.device) -> bool:
+    """Tries torch.compile on one small function; where it fails (no C++ compiler, say) prints why in one line."""
+    try:
+        torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
+    except Exception as error:  # whatever is missing: training goes on without it
+        print(f"--compile does not work here ({type(error).__name__}), going on without")
+        return False
+    return True
+
+
+def count_multiplications(spec: dict, args: Args) -> int:
+    """Multiply-adds of all matrix products in one forward of actor and critic, per agent and env step."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        actor, critic, T, A = Actor(spec, args), Critic(spec, args), 8, spec["num_agents"]
+        flags, starts = torch.ones(T, 1, A, dtype=torch.bool), torch.zeros(T, 1, dtype=torch.bool)
+        z = torch.zeros(T, 1, A, actor.num_subgoals) if actor.subgoals else None
+        with FlopCounterMode(display=False) as counter:
+            hidden = torch.zeros(1, A, actor.hidden_size)
+            actor(torch.zeros(T, 1, A, *spec["obs_shape"]), None, flags, starts, hidden, z)
+            critic(torch.zeros(T, 1, *spec["state_shape"]))
+    return counter.get_total_flops() // (2 * T * A)
 
 
 class StopSignal:
@@ -856,24 +1329,20 @@ def plot_learning_curve(run_dir: Path) -> None:
 
 
 def main(args: Args) -> Path:
-    """Trains (or resumes, or only evaluates); returns the run folder. UsageError: unusable arguments."""
+    """Trains (or resumes); returns the run folder. UsageError: unusable arguments.
+
+    Under torchrun each process steps its share of the envs, and all go on with the same weights.
+    """
     # ---- arguments
-    backend, num_envs, num_minibatches = check_args(args)
-    T, N = args.num_steps, num_envs
-    batch_size = T * N
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    backend, num_envs, num_minibatches = check_args(args, world_size)
+    T, N = args.num_steps, num_envs // world_size
+    batch_size = T * num_envs  # env steps of one rollout, of all processes
     num_updates = args.total_timesteps // batch_size
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint and checkpoint["update"] >= num_updates:
         done = f"{checkpoint['update']} of {num_updates} updates"
         raise UsageError(f"{args.resume} has already done {done}: raise --total-timesteps")
-
-    # ---- logging
-    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
-    (run_dir / "args.json").write_text(json.dumps({**asdict(args), "resolved_backend": backend}, indent=2))
-    if args.track:
-        start_wandb(args, run_dir)
-    writer = SummaryWriter(str(run_dir), purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
 
     # ---- seeding
     random.seed(args.seed)
@@ -883,61 +1352,108 @@ def main(args: Args) -> Path:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
+    if world_size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # ---- logging: by the first process only
+    run_dir = Path(args.resume or ".")
+    if rank == 0:
+        run_dir = run_dir if args.resume else new_run_dir(args)
+        (run_dir / "args.json").write_text(json.dumps({**asdict(args), "resolved_backend": backend}, indent=2))
+        if args.track:
+            start_wandb(args, run_dir)
+        writer = SummaryWriter(str(run_dir), purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
     last_good = f"last good checkpoint: {run_dir / 'latest.pt'}"
 
     # ---- envs
+    env_seed = args.seed + rank * N
     envs = make_vec_env(
-        args.env_id, N, device, args.seed, backend, env_procs(args, backend), **json.loads(args.env_kwargs)
+        args.env_id, N, device, env_seed, backend, env_procs(args, backend), **json.loads(args.env_kwargs)
     )
-    spec = env_spec(envs)
+    spec, A = env_spec(envs), envs.num_agents
+    partners = Partners(args.partners, envs)
+    learners = torch.arange(A, device=device) < partners.first_seat  # [A]
 
     # ---- networks
     actor, critic = Actor(spec, args).to(device), Critic(spec, args).to(device)
+    for encoder in actor.subgoals:
+        encoder.to(device)
     value_norm = ValueNorm(args.value_norm).to(device)
-    hyper_params = list(actor.hyper.parameters()) if actor.hyper else []
-    base_params = [p for name, p in actor.named_parameters() if not name.startswith("hyper.")]
+    L = chunk_length(args) if actor.sequential else 1  # steps of a training sequence
+    hyper_params = [p for name, p in actor.named_parameters() if name.startswith(("context.", "hyper."))]
+    base_params = [p for name, p in actor.named_parameters() if not name.startswith(("context.", "hyper."))]
     groups = [{"params": base_params + list(critic.parameters()), "initial_lr": args.learning_rate}]
-    if actor.hyper:
+    if hyper_params:
         groups.append({"params": hyper_params, "initial_lr": args.hyper_learning_rate})
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)
-    counts = [sum(p.numel() for p in params) for params in (base_params, hyper_params, critic.parameters())]
-    no_gpu = " (no CUDA device found)" if args.cuda and device.type == "cpu" else ""
-    print(f"run      {run_dir}")
-    print(f"env      {envs.env_id}, {backend} backend, {N} envs x {envs.num_agents} agents, on {device}{no_gpu}")
-    print("weights  actor {:,}, hypernetwork {:,}, critic {:,}".format(*counts))
+    if args.init_from:
+        start_from(args, spec, actor, critic, value_norm)
+    # What the KL penalty pulls towards; with an interval of 1 it is the policy that acted, whose output is at hand.
+    target = copy.deepcopy(actor).requires_grad_(False) if args.target_sync_interval > 1 else None
+    loss_function = ppo_loss
+    if args.compile and compile_works(device):
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        loss_function = torch.compile(ppo_loss, mode=mode)
+        actor.compile(mode=mode)
+        critic.compile(mode=mode)
+    if rank == 0:
+        where = f"on {device}" + (f" of {world_size} processes" if world_size > 1 else "")
+        where += " (no CUDA device found)" if args.cuda and device.type == "cpu" else ""
+        counts = [sum(p.numel() for p in params) for params in (base_params, hyper_params, critic.parameters())]
+        print(f"run      {run_dir}")
+        print(f"env      {envs.env_id}, {backend} backend, {num_envs} envs x {A} agents, {where}")
+        print("weights  actor {:,}, context and hypernetwork {:,}, critic {:,}".format(*counts))
+        print(f"cost     {count_multiplications(spec, args):,} multiply-adds per agent and step, forward")
 
     # ---- storage
     rollout: dict[str, torch.Tensor] = {}  # name -> [T, N, ...], allocated by the first step
     global_step, first_update = 0, 1
-    hidden = torch.zeros(N, envs.num_agents, actor.hidden_size, device=device)
+    memory = torch.zeros(N, A, actor.memory_size, device=device)
+    target_hidden = torch.zeros(N, A, actor.hidden_size, device=device)
     starts = torch.ones(N, dtype=torch.bool, device=device)  # step.obs opens an episode
     whole = torch.zeros(N, dtype=torch.bool, device=device)  # the episode has its full time limit
+    probe: dict[str, torch.Tensor] = {}  # a few envs of the first rollout, to see how the policy changes
 
     # ---- resume
-    if checkpoint is None:
-        step = envs.reset(args.seed)
-        envs.spread_time_limits()  # so that a rollout holds all phases of an episode
-    else:
+    if world_size > 1:
+        torch.manual_seed(args.seed + 1_000_003 * rank)  # equal weights so far, different actions from now on
+    worker = None
+    if checkpoint is not None:
         if checkpoint["spec"] != spec:
             raise UsageError(f"{args.resume} is of env {checkpoint['spec']}, here it is {spec}: install its version")
         actor.load_state_dict(checkpoint["actor"])
         critic.load_state_dict(checkpoint["critic"])
         value_norm.load_state_dict(checkpoint["value_norm"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if target:
+            target.load_state_dict(checkpoint["target"])
+        probe = {name: x.to(device) for name, x in checkpoint["probe"].items()}
         global_step, first_update = checkpoint["global_step"], checkpoint["update"] + 1
-        if checkpoint["env_state"] is None:
-            print("this env cannot restore episodes in flight: new ones start, from a seed of their own")
-            step = envs.reset(args.seed + global_step)
-            envs.spread_time_limits()
-        else:
-            step = envs.load_state_dict(checkpoint["env_state"])
-            hidden, starts, whole = (checkpoint[name].to(device) for name in ("hidden", "starts", "whole"))
-        torch.set_rng_state(checkpoint["torch_rng"].cpu())
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
-    metrics_file = open_metrics(run_dir / "metrics.csv", keep_until=global_step)
+        if len(checkpoint["workers"]) == world_size:
+            worker = checkpoint["workers"][rank]
+    if worker is None or worker["env_state"] is None:
+        if checkpoint is not None and rank == 0:
+            print("the episodes in flight cannot be restored: new ones start, from a seed of their own")
+        step = envs.reset(env_seed + global_step)
+        envs.spread_time_limits()
+    else:
+        step = envs.load_state_dict(worker["env_state"])
+        memory, target_hidden, starts, whole = (x.to(device) for x in worker["episodes"])
+        partners.memories = [None if x is None else x.to(device) for x in worker["partner_memories"]]
+    if worker is not None:
+        torch.set_rng_state(worker["torch_rng"].cpu())
+        if device.type == "cuda" and worker["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(worker["cuda_rng"].cpu())
+    seat_columns = [f"charts/return_seat_{i}" for i in range(A)] if args.partners else []
+    if rank == 0:
+        metrics_file = open_metrics(run_dir / "metrics.csv", COLUMNS + seat_columns, keep_until=global_step)
     stop = StopSignal()
-    progress = tqdm(total=num_updates * batch_size, initial=global_step, unit="step", unit_scale=True, disable=None)
+    bar = {"unit": "step", "unit_scale": True, "disable": None if rank == 0 else True}
+    progress = tqdm(total=num_updates * batch_size, initial=global_step, **bar)
     clock: deque[tuple[float, int]] = deque(maxlen=11)  # (time, global_step) after the last updates: windowed SPS
 
     # ---- loop
@@ -945,18 +1461,24 @@ def main(args: Args) -> Path:
         remaining = 1 - (update - 1) / num_updates if args.anneal_lr else 1.0
         for group in optimizer.param_groups:
             group["lr"] = remaining * group["initial_lr"]
+        if target and (update - 1) % args.target_sync_interval == 0:
+            target.load_state_dict(actor.state_dict())
+            target_hidden = memory[..., : actor.hidden_size]
 
         # -- rollout: T steps of N envs
-        first_hidden = hidden  # [N, A, hidden]
-        episodes = torch.zeros(3, device=device)  # how many ended, sum of their team returns, sum of their lengths
+        episodes = torch.zeros(2 + A, device=device)  # how many ended, sums of their lengths and of each seat's returns
         for t in range(T):
             with torch.no_grad():
-                actions, dist, next_hidden = act(actor, step, starts, hidden)
+                actions, dists, z, next_memory = act(actor, step, starts, memory)
                 values = value_norm.denormalize(critic(step.state))
+            actions = partners.play(step, actions)
             record(rollout, t, T, obs=step.obs, state=step.state, action_mask=step.action_mask, active=step.active)
-            record(rollout, t, T, starts=starts, actions=actions, dists=dist, values=values)
+            record(rollout, t, T, starts=starts, actions=actions, dists=dists, values=values, z=z)
+            if t % L == 0:
+                record(rollout, t // L, T // L, hidden=memory[..., : actor.hidden_size])
+            memory = remember(actor, step, actions, next_memory)
             step = envs.step(actions)
-            hidden, starts = next_hidden, step.episode_over
+            starts = step.episode_over
             # An episode cut by the time limit still has a value: that of its true last state, not of the next
             # episode's first. (Asking whether there is one is free on a CPU and would stall an accelerator.)
             cut_values = torch.zeros_like(values)
@@ -968,15 +1490,14 @@ def main(args: Args) -> Path:
             record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
             over = (step.episode_over & whole).float()  # first episodes may be cut short: not reported
             whole = whole | step.episode_over
-            sums = [over, over * step.episode_returns.mean(dim=1), over * step.episode_lengths]
-            episodes += torch.stack(sums).sum(dim=1)
+            sums = [over.sum().view(1), (over * step.episode_lengths).sum().view(1), over @ step.episode_returns]
+            episodes += torch.cat(sums)
         global_step += batch_size
-        if rollout["obs"].is_floating_point() and not rollout["obs"].isfinite().all():
-            raise FloatingPointError(f"update {update}: an observation is NaN or infinite; {last_good}")
 
         # -- advantages
         with torch.no_grad():
-            weights = rollout["active"].float()
+            rollout["learns"] = rollout["active"] & learners
+            weights = rollout["learns"].float()
             last_values = value_norm.denormalize(critic(step.state))
             next_values = torch.cat([rollout["values"][1:], last_values.unsqueeze(0)])  # [T, N, A]
             next_values = torch.where(rollout["episode_over"].unsqueeze(-1), rollout["cut_values"], next_values)
@@ -985,44 +1506,72 @@ def main(args: Args) -> Path:
                 args.gamma,
                 args.gae_lambda,
             )
-            explained_var = 1 - masked_var(returns - rollout["values"], weights) / masked_var(returns, weights).clamp(
-                min=1e-8
-            )
+            returns_mean, returns_var = mean_var(returns, weights)
+            explained_var = 1 - mean_var(returns - rollout["values"], weights)[1] / returns_var.clamp(min=1e-8)
             if args.norm_adv:
-                advantages = advantages - masked_mean(advantages, weights)
-                advantages = advantages / (masked_var(advantages, weights).sqrt() + 1e-8)
-            value_norm.update(returns, weights)
+                advantages_mean, advantages_var = mean_var(advantages, weights)
+                advantages = (advantages - advantages_mean) / (advantages_var.sqrt() + 1e-8)
+            value_norm.update(returns_mean, returns_var)
 
-        # -- update: minibatches of sequences [L, S]; without a hypernetwork a sequence is a single step
-        batch = {name: rollout[name] for name in ("obs", "state", "active", "starts", "actions", "dists")}
-        if "action_mask" in rollout:
-            batch["action_mask"] = rollout["action_mask"]
+        # -- the batch [T, N, ...]; hidden [T/L, N, ...], before each sequence
+        names = "obs state action_mask active learns starts actions z hidden".split()
+        batch = {name: rollout[name] for name in names if name in rollout}
         batch["logprobs"] = log_prob(rollout["dists"], rollout["actions"], actor.discrete)
         batch["advantages"], batch["returns"] = advantages, value_norm.normalize(returns)
         batch["values"] = value_norm.normalize(rollout["values"])
-        L = T if actor.hyper else 1
-        S = batch_size // L
-        batch = {name: x.reshape(L, S, *x.shape[2:]) for name, x in batch.items()}  # [T, N, ...] -> [L, S, ...]
-        batch["hidden"] = (first_hidden if actor.hyper else hidden.new_zeros(S, envs.num_agents, 0)).unsqueeze(0)
+        batch["anchor_dists"] = rollout["dists"]
+        if target:
+            inputs = [batch.get(name) for name in ("obs", "action_mask", "active", "starts")]
+            with torch.no_grad():
+                batch["anchor_dists"], _, target_hidden = target(*inputs, target_hidden, batch.get("z"))
+        if not probe:
+            names = "obs action_mask active starts hidden z".split()
+            probe = {name: batch[name][:, :PROBE_ENVS].clone() for name in names if name in batch}
+            probe["dists"] = rollout["dists"][:, :PROBE_ENVS].clone()
+        metrics: dict[str, float] = {}
+        if update % GRADIENT_COSINE_EVERY == 0:
+            first_envs = {name: x[:, :PROBE_ENVS] for name, x in batch.items()}
+            metrics["nonstationarity/gradient_cosine"] = gradient_cosine(actor, first_envs, args)
+
+        # -- update: minibatches of sequences [L, S]; where no context needs the order, a sequence is a single step
+        S = T * N // L
+        batch["hidden"] = batch["hidden"].unsqueeze(0)  # [1, T/L, N, ...]
+        for name, x in batch.items():
+            x = (
+                x if name == "hidden" else x.unflatten(0, (T // L, L)).transpose(0, 1)
+            )  # [T, N, ...] -> [L, T/L, N, ...]
+            batch[name] = x.reshape(x.shape[0], S, *x.shape[3:])  # -> [L, S, ...]
         sums, num_done = torch.zeros(len(LOSSES) + 1, device=device), 0
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(S, device=device).chunk(num_minibatches):
                 mb = {name: x[:, mb_inds] for name, x in batch.items()}
-                loss, numbers = ppo_loss(actor, critic, mb, args)
+                loss, numbers = loss_function(actor, critic, mb, args)
                 optimizer.zero_grad()
                 loss.backward()
+                average_gradients([*actor.parameters(), *critic.parameters()])
                 grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
                 optimizer.step()
                 sums += torch.cat([numbers, grad_norm.unsqueeze(0)])
                 num_done += 1
-            if args.target_kl is not None and numbers[LOSSES.index("losses/approx_kl")] > args.target_kl:
-                break
+            if args.target_kl is not None:
+                if all_sum(numbers)[LOSSES.index("losses/approx_kl")] / world_size > args.target_kl:
+                    break
+        with torch.no_grad():
+            inputs = [probe.get(name) for name in ("obs", "action_mask", "active", "starts")]
+            dists = actor(*inputs, probe["hidden"][0], probe.get("z"))[0]
+            changes = kl_divergence(probe["dists"], dists, actor.discrete)
+            metrics["nonstationarity/policy_kl"] = masked_mean(changes, probe["active"] & learners)
+            probe["dists"] = dists
 
         # -- logging: the update's only look at the device
-        names = [*LOSSES, "losses/grad_norm", "losses/explained_variance"]
-        metrics = dict(zip(names, [*(sums / num_done).tolist(), explained_var.item()], strict=True))
+        sums, episodes = all_sum(sums) / (num_done * world_size), all_sum(episodes).tolist()
+        names = [*LOSSES, "losses/grad_norm"]
+        metrics |= dict(zip(names, sums, strict=True)) | {"losses/explained_variance": explained_var}
+        metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
         bad = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
+        if bad and rollout["obs"].is_floating_point() and not rollout["obs"].isfinite().all():
+            bad = ["an observation is NaN or infinite"]
         if bad:
             raise FloatingPointError(f"update {update}: {', '.join(bad)}; {last_good}")
         metrics = {name: x for name, x in metrics.items() if actor.hyper or name not in HYPER_TAGS}
@@ -1030,40 +1579,58 @@ def main(args: Args) -> Path:
         if len(clock) > 1:
             metrics["charts/SPS"] = (clock[-1][1] - clock[0][1]) / (clock[-1][0] - clock[0][0])
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        num_ended, return_sum, length_sum = episodes.tolist()
+        num_ended, length_sum, *return_sums = episodes
         if num_ended:
-            metrics["charts/episodic_return"] = return_sum / num_ended
+            metrics["charts/episodic_return"] = (
+                sum(return_sums[: partners.first_seat]) / partners.first_seat / num_ended
+            )
             metrics["charts/episodic_length"] = length_sum / num_ended
-            progress.set_postfix_str(f"return {return_sum / num_ended:.2f}")
-        for tag, x in metrics.items():
-            writer.add_scalar(tag, x, global_step)
-        csv.DictWriter(metrics_file, COLUMNS).writerow({"update": update, "global_step": global_step, **metrics})
+            metrics |= {tag: x / num_ended for tag, x in zip(seat_columns, return_sums, strict=False)}
+            progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}")
+        if rank == 0:
+            for tag, x in metrics.items():
+                writer.add_scalar(tag, x, global_step)
+            row = {"update": update, "global_step": global_step, **metrics}
+            csv.DictWriter(metrics_file, COLUMNS + seat_columns).writerow(row)
         progress.update(batch_size)
 
         # -- checkpoint
-        if update % args.save_every == 0 or update == num_updates or stop.requested:
-            checkpoint = {"format": CHECKPOINT_FORMAT, "args": asdict(args), "spec": spec}
-            checkpoint |= {"update": update, "global_step": global_step}
+        stopping = stop.requested
+        if world_size > 1:  # all processes stop after the same update
+            stopping = bool(all_sum(torch.tensor(float(stopping), device=device)))
+        if update % args.save_every == 0 or update == num_updates or stopping:
+            worker = {"env_state": envs.state_dict(), "episodes": [memory, target_hidden, starts, whole]}
+            worker |= {"partner_memories": partners.memories, "torch_rng": torch.get_rng_state()}
+            worker |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+            workers = [worker]
+            if world_size > 1:
+                workers = [None] * world_size
+                dist.all_gather_object(workers, worker)
+            checkpoint = {"format": CHECKPOINT_FORMAT, "args": asdict(args), "spec": spec, "workers": workers}
+            checkpoint |= {"update": update, "global_step": global_step, "probe": probe}
             checkpoint |= {"actor": actor.state_dict(), "critic": critic.state_dict()}
+            checkpoint |= {"target": target.state_dict() if target else None}
             checkpoint |= {"value_norm": value_norm.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint |= {"env_state": envs.state_dict(), "hidden": hidden, "starts": starts, "whole": whole}
-            checkpoint |= {"torch_rng": torch.get_rng_state()}
-            checkpoint |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-            save_checkpoint(checkpoint, run_dir / "latest.pt")
-        if stop.requested:
+            if rank == 0:
+                save_checkpoint(checkpoint, run_dir / "latest.pt")
+        if stopping:
             break
 
     # ---- close
     stop.restore()
     progress.close()
-    metrics_file.close()
     envs.close()
-    plot_learning_curve(run_dir)
-    if stop.requested:
-        print(f"stopped after update {update} of {num_updates}; go on with: python hyper_mappo.py --resume {run_dir}")
-    else:
-        evaluate_run(actor, args, run_dir, device)
-    writer.close()
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        metrics_file.close()
+        plot_learning_curve(run_dir)
+        if stopping:
+            go_on = f"go on with: python hyper_mappo.py --resume {run_dir}"
+            print(f"stopped after update {update} of {num_updates}; {go_on}")
+        else:
+            evaluate_run(actor, args, run_dir, device)
+        writer.close()
     return run_dir
 
 
@@ -1072,15 +1639,17 @@ def cli(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=argv)
     try:
-        run_dir = args.resume or args.evaluate
+        run_dir = args.resume or args.evaluate or args.init_from
         if run_dir:  # the run's own arguments are the defaults, flags given beside them come on top
             try:
                 saved = Args(**load_checkpoint(run_dir)["args"])
             except ValueError as error:
                 raise UsageError(str(error)) from None
-            args = tyro.cli(Args, args=argv, default=saved)
-            for name in FIXED_BY_CHECKPOINT:
-                if getattr(args, name) != getattr(saved, name):
+            fixed = ARCHITECTURE if run_dir == args.init_from else FIXED_BY_CHECKPOINT
+            defaults = replace(Args(), **{name: getattr(saved, name) for name in ARCHITECTURE})
+            args = tyro.cli(Args, args=argv, default=defaults if run_dir == args.init_from else saved)
+            for name in fixed:
+                if getattr(args, name) != getattr(saved, name) and not (args.evaluate and name == "partners"):
                     raise UsageError(
                         f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the checkpoint's "
                         f"{getattr(saved, name)}: leave it out, or start a new run"

@@ -23,6 +23,7 @@ from hyper_mappo import (
     ValueNorm,
     cli,
     compute_gae,
+    count_multiplications,
     entropy,
     evaluate,
     kl_divergence,
@@ -30,6 +31,7 @@ from hyper_mappo import (
     load_critic,
     load_policy,
     log_prob,
+    mean_var,
     ppo_loss,
     sample_actions,
     smoothness,
@@ -85,7 +87,12 @@ def random_minibatch(actor, args, discrete=True):
         dists, _, _ = actor(obs, mask if discrete else None, active, starts, hidden)
     actions = sample_actions(dists, discrete)
     mb = {"obs": obs, "state": torch.randn(T, N, 7), "active": active, "starts": starts, "actions": actions}
-    mb |= {"dists": dists, "logprobs": log_prob(dists, actions, discrete), "hidden": hidden.unsqueeze(0)}
+    mb |= {
+        "anchor_dists": dists,
+        "learns": active,
+        "logprobs": log_prob(dists, actions, discrete),
+        "hidden": hidden.unsqueeze(0),
+    }
     mb |= {"advantages": torch.randn(T, N, A), "returns": torch.randn(T, N, A), "values": torch.randn(T, N, A)}
     if discrete:
         mb["action_mask"] = mask
@@ -97,7 +104,8 @@ def run(tmp_path, name="run", **flags):
     defaults = dict(env_id="tests.tiny_envs:own_number", num_env_procs=0, total_timesteps=64, eval_episodes=0, **TINY)
     flags = {**defaults, "runs_dir": str(runs_dir), **flags}
     if flags.get("hyper") == "none":
-        flags = {name: x for name, x in flags.items() if name not in hyper_mappo.HYPER_ONLY}
+        unused = hyper_mappo.HYPER_ONLY + ([] if flags.get("actor_context") else hyper_mappo.CONTEXT_ONLY)
+        flags = {name: x for name, x in flags.items() if name not in unused}
     return hyper_mappo.main(Args(**flags))
 
 
@@ -178,49 +186,75 @@ def test_masked_actions_are_never_taken_and_give_finite_numbers():
     assert entropy(dist, True).isfinite().all() and kl_divergence(dist, dist.roll(1, 0), True).isfinite().all()
 
 
-def materialised_weights(actor, alpha):
+FORMS = ["delta", "full", "last-layer", "low-rank"]
+FLAGS = {  # every form, and every choice of the context
+    **{form: {"hyper": form} for form in FORMS},
+    "delta, 8 x full": {"hyper": "delta", "hyper_basis": 8, "hyper_rank": 0},
+    "delta, 8 x rank 3": {"hyper": "delta", "hyper_basis": 8, "hyper_rank": 3},
+    "low-rank 3": {"hyper": "low-rank", "hyper_rank": 3},
+    "local": {"hyper": "delta", "hyper_context": "local"},
+    "agent-id": {"hyper": "delta", "hyper_context": "agent-id"},
+    "shared": {"hyper": "delta", "share_delta": True},
+    "actor context": {"hyper": "none", "actor_context": True},
+}
+
+
+def with_bias(layer):
+    return torch.cat([layer.weight, layer.bias[:, None]], dim=1)
+
+
+def materialised_weights(actor, code):
     """All actor layers of every sample, written out: a list of [..., out, in + 1], the bias in the last column."""
-    K, r, layers = actor.hyper.basis, actor.hyper.rank, []
+    hyper, layers = actor.hyper, []
+    K, r = hyper.basis, hyper.rank
+    alpha, *rest = hyper.coefficients(code)
     for i, layer in enumerate(actor.layers):
-        rows = torch.cat([actor.hyper.down[i].weight, actor.hyper.down[i].bias[:, None]], dim=1)
-        if r:
-            basis = torch.stack(
-                [actor.hyper.up[i][:, k * r : (k + 1) * r] @ rows[k * r : (k + 1) * r] for k in range(K)]
-            )
+        if hyper.form == "last-layer" and i < 2:
+            layers.append((1 + rest[i])[..., None] * with_bias(layer))
+            continue
+        part = 0 if hyper.form == "last-layer" else i
+        rows = with_bias(hyper.down[part])
+        if hyper.form == "low-rank":
+            up = torch.einsum("...k,okr->...or", alpha, hyper.up[part].unflatten(1, (K, r)))
+            down = torch.einsum("...k,kri->...ri", rest[0], rows.view(K, r, -1))
+            delta = up @ down
         else:
-            basis = rows.view(K, *layer.weight.shape[:1], -1)
-        base = torch.cat([layer.weight, layer.bias[:, None]], dim=1)
-        layers.append(base + torch.einsum("...k,koi->...oi", alpha, basis))
+            basis = rows.view(K, -1, rows.shape[1])
+            if r:
+                ups = hyper.up[part].unflatten(1, (K, r))
+                basis = torch.stack([ups[:, k] @ basis[k] for k in range(K)])
+            delta = torch.einsum("...k,koi->...oi", alpha, basis)
+        layers.append(delta if layer is None else with_bias(layer) + delta)
     return layers
 
 
-@pytest.mark.parametrize("hyper_rank", [0, 1, 3])
-@pytest.mark.parametrize("hyper_basis", [2, 8])
-def test_applied_delta_equals_materialised_weights(hyper_basis, hyper_rank):
-    actor, args = random_actor(hyper_basis=hyper_basis, hyper_rank=hyper_rank)
+@pytest.mark.parametrize("flags", [FLAGS[name] for name in FLAGS if name != "actor context"], ids=str)
+def test_generated_layers_equal_materialised_weights(flags):
+    actor, args = random_actor(**flags)
     obs, _, active, starts = random_inputs()
-    dist, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    inputs = (obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    dist, _, _ = actor(*inputs)
     target = torch.randn_like(dist)
     (dist * target).sum().backward()
     fast = {name: p.grad.clone() for name, p in actor.named_parameters()}
     actor.zero_grad()
-    _, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    _, code, _ = actor(*inputs)
     x = obs
-    for i, weight in enumerate(materialised_weights(actor, alpha)):
+    for i, weight in enumerate(materialised_weights(actor, code)):
         x = torch.einsum("...oi,...i->...o", weight, torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
         x = x.relu() if i < 2 else x.log_softmax(-1)
     torch.testing.assert_close(dist, x, rtol=1e-5, atol=1e-5)
     (x * target).sum().backward()
     for name, p in actor.named_parameters():
-        torch.testing.assert_close(fast[name], p.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast[name], p.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("hyper_rank", [0, 1, 3])
-def test_smoothness_equals_a_loop_written_out(hyper_rank):
-    actor, _ = random_actor(hyper_rank=hyper_rank)
+@pytest.mark.parametrize("flags", [FLAGS[name] for name in FLAGS if name != "actor context"], ids=str)
+def test_smoothness_equals_a_loop_written_out(flags):
+    actor, _ = random_actor(**flags)
     obs, _, active, starts = random_inputs()
-    _, alpha, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
-    theta = torch.cat([w.flatten(-2) for w in materialised_weights(actor, alpha)], dim=-1)  # [T, N, A, P]
+    _, code, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    theta = torch.cat([w.flatten(-2) for w in materialised_weights(actor, code)], dim=-1)  # [T, N, A, P]
     squares, norms = [], []
     for t in range(1, 6):
         for n in range(4):
@@ -232,48 +266,102 @@ def test_smoothness_equals_a_loop_written_out(hyper_rank):
                 norms.append(change.norm())
     assert len(squares) == 5 * 4 * 3 - 3 - 3  # the restart of env 2, and agent 1 of env 0 after it left
     assert theta.shape[-1] == actor.hyper.num_generated
-    smooth, step_change = smoothness(alpha, actor.hyper.gram(), active, starts)
+    smooth, step_change, delta_norm = smoothness(actor, code, active, starts)
     torch.testing.assert_close(smooth, torch.stack(squares).mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(step_change, torch.stack(norms).mean(), rtol=1e-4, atol=1e-6)
+    base = 0.0 if actor.layers[0] is None else torch.cat([with_bias(layer).flatten() for layer in actor.layers])
+    torch.testing.assert_close(delta_norm, (theta - base).norm(dim=-1)[active].mean(), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ hypernetwork
 
 
 @pytest.mark.parametrize("history", ["none", "gru", "lstm"])
-def test_hypernetwork_starts_at_the_base_actor_and_then_matters(history):
-    args = Args(**TINY, history=history)
+@pytest.mark.parametrize("form", ["delta", "last-layer", "low-rank"])
+def test_hypernetwork_starts_at_the_base_actor_and_then_matters(form, history):
     torch.manual_seed(0)
-    actor = Actor(spec(), args)
+    actor = Actor(spec(), Args(**TINY, hyper=form, history=history))
     obs, _, active, starts = random_inputs()
     hidden = torch.zeros(4, 3, actor.hidden_size)
     with_hyper = actor(obs, None, active, starts, hidden)[0]
     x = obs
     for i, layer in enumerate(actor.layers):
         x = layer(x).relu() if i < 2 else layer(x)
-    torch.testing.assert_close(with_hyper, x.log_softmax(-1))
-    for up in actor.hyper.up:
-        up.data += 1.0
+    assert torch.equal(with_hyper, x.log_softmax(-1))
+    for p in actor.hyper.parameters():
+        p.data += 1.0
     assert (actor(obs, None, active, starts, hidden)[0] - with_hyper).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {"history": "lstm"}, {"hyper_basis": 8}, {"hyper_rank": 0}, {"agent_id": True}, {"hyper": "none"}]
-)
-@pytest.mark.parametrize("discrete", [True, False])
-def test_gradients_reach_every_parameter(flags, discrete):
-    actor, args = random_actor(discrete, **flags)
-    critic = Critic(spec(discrete), args)
-    loss, numbers = ppo_loss(actor, critic, random_minibatch(actor, args, discrete), args)
+@pytest.mark.parametrize("context", ["joint", "local", "agent-id"])
+def test_full_form_starts_with_a_standard_actors_activation_variance(context):
+    torch.manual_seed(0)
+    wide = {**spec(num_agents=8), "obs_shape": [100]}
+    obs, T = torch.randn(50, 20, 8, 100), 50
+    active, starts = torch.ones(T, 20, 8, dtype=torch.bool), torch.zeros(T, 20, dtype=torch.bool)
+    ratios = []
+    for seed in range(8):  # the mean over initialisations is what the source promises
+        torch.manual_seed(seed)
+        variances = []
+        for form in ("full", "none"):
+            flags = {"hyper_context": context} if form == "full" else {}
+            actor = Actor(wide, Args(hyper=form, hidden_size=256, **flags))
+            x = obs
+            if form == "full":
+                hidden = torch.zeros(20, 8, actor.hidden_size)
+                code = actor.hyper.code(actor.context(obs, None, active, starts, hidden)[0])
+            for i in range(2):
+                layer = actor.layers[i]
+                x = x.flatten(0, -2)
+                x = (
+                    layer(x)
+                    if form == "none"
+                    else actor.hyper.apply_layer(i, None, x, actor.hyper.coefficients(code.flatten(0, 2)))
+                )
+                variances.append(x.var())
+                x = x.relu()
+        ratios.append(torch.stack([variances[0] / variances[2], variances[1] / variances[3]]))
+    assert ((torch.stack(ratios).mean(0) - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("flags", [*FLAGS.values(), {"agent_id": True}, {"hyper": "none"}], ids=str)
+@pytest.mark.parametrize("kind", ["gru", "lstm", "continuous"])
+def test_gradients_reach_every_parameter(flags, kind):
+    if kind != "continuous" and flags.get("hyper_context") != "agent-id" and flags != {"hyper": "none"}:
+        flags = {**flags, "history": kind}
+    actor, args = random_actor(kind != "continuous", **flags)
+    critic = Critic(spec(kind != "continuous"), args)
+    loss, numbers = ppo_loss(actor, critic, random_minibatch(actor, args, kind != "continuous"), args)
     loss.backward()
     for name, p in [*actor.named_parameters(), *critic.named_parameters()]:
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     assert numbers.isfinite().all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_hyper_critic_makes_its_weights_from_the_state(form):
+    torch.manual_seed(0)
+    critic = Critic(spec(), Args(**{**TINY, "hyper": form, "hyper_critic": True}))
+    state = torch.randn(6, 7)
+    if form != "full":
+        x = state
+        for i, layer in enumerate(critic.layers):
+            x = layer(x).relu() if i < 2 else layer(x)
+        assert torch.equal(critic(state), x)
+    for p in critic.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    weights = materialised_weights(critic, critic.hyper.code(critic.encoder(state).relu()))
+    x = state
+    for i, weight in enumerate(weights):
+        x = torch.einsum("...oi,...i->...o", weight, torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
+        x = x.relu() if i < 2 else x
+    torch.testing.assert_close(critic(state), x, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("history", ["none", "gru", "lstm"])
-def test_acting_step_by_step_equals_the_update_over_the_sequence(history):
-    actor, _ = random_actor(history=history)
+@pytest.mark.parametrize("flags", [{}, {"hyper_context": "local"}, {"hyper": "none", "actor_context": True}], ids=str)
+def test_acting_step_by_step_equals_the_update_over_the_sequence(flags, history):
+    actor, _ = random_actor(history=history, **flags)
     obs, mask, active, starts = random_inputs()
     hidden0 = torch.randn(4, 3, actor.hidden_size)
     sequence, _, last = actor(obs, mask, active, starts, hidden0)
@@ -285,14 +373,57 @@ def test_acting_step_by_step_equals_the_update_over_the_sequence(history):
     torch.testing.assert_close(hidden, last, rtol=1e-4, atol=1e-5)
 
 
+def test_local_context_sees_nobody_else_and_agent_id_nothing_at_all():
+    for context in ("local", "agent-id", "joint"):
+        actor, _ = random_actor(hyper_context=context)
+        obs, _, active, starts = random_inputs()
+        inputs = (active, starts, torch.zeros(4, 3, actor.hidden_size))
+        code = actor(obs, None, *inputs)[1]
+        changed = obs.clone()
+        changed[:, :, 2] += 1.0
+        differs = (actor(changed, None, *inputs)[1] - code).abs().amax((0, 1, 3)) > 1e-6  # [A]
+        assert differs.tolist() == {"local": [0, 0, 1], "agent-id": [0, 0, 0], "joint": [1, 1, 1]}[context]
+        assert (code[:, :, 0] - code[:, :, 1]).abs().max() > 1e-3
+
+
+def test_shared_delta_is_one_for_all_agents_of_an_env_without_those_who_left():
+    actor, _ = random_actor(share_delta=True)
+    obs, _, active, starts = random_inputs()
+    hidden = torch.zeros(4, 3, actor.hidden_size)
+    code = actor(obs, None, active, starts, hidden)[1]
+    torch.testing.assert_close(code, code[:, :, :1].expand_as(code))
+    assert (code[:, 0] - code[:, 1]).abs().max() > 1e-3
+    changed = obs.clone()
+    changed[3:, 0, 1] = 9.0  # agent 1 of env 0 has left by then
+    torch.testing.assert_close(actor(changed, None, active, starts, hidden)[1], code)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_plain_actor_is_matched_to_a_forms_parameters(form):
+    def count(**flags):
+        return sum(p.numel() for p in Actor(spec(), Args(**{**TINY, "hidden_size": 64, **flags})).parameters())
+
+    target = count(hyper=form)
+    for extra in ({}, {"actor_context": True}):
+        assert abs(count(hyper="none", match_params=form, **extra) / target - 1) < 0.02
+    assert abs(count(hyper="none") / target - 1) > 0.05
+
+
+def test_counted_multiplications_of_a_plain_actor_by_hand():
+    args = Args(**{**TINY, "hyper": "none"})
+    actor, critic = 5 * 16 + 16 * 16 + 16 * 4, 7 * 16 + 16 * 16 + 16 * 3  # the critic runs once for 3 agents
+    assert count_multiplications(spec(), args) == int(actor + critic / 3)
+    assert count_multiplications(spec(), replace(args, hyper="delta")) > 1.5 * actor
+
+
 @pytest.mark.parametrize("history, cell", [("gru", torch.nn.GRUCell), ("lstm", torch.nn.LSTMCell)])
 def test_rnn_step_equals_torch(history, cell):
     actor, _ = random_actor(history=history)
-    rnn, x, hidden = actor.hyper.rnn, torch.randn(10, 8), torch.randn(10, actor.hidden_size)
+    rnn, x, hidden = actor.context.rnn, torch.randn(10, 8), torch.randn(10, actor.hidden_size)
     assert type(rnn) is cell
     expected = rnn(x, hidden) if history == "gru" else torch.cat(rnn(x, hidden.chunk(2, dim=-1)), dim=-1)
     inputs = torch.nn.functional.linear(x, rnn.weight_ih, rnn.bias_ih)
-    torch.testing.assert_close(actor.hyper.rnn_step(inputs, hidden), expected)
+    torch.testing.assert_close(actor.context.rnn_step(inputs, hidden), expected)
 
 
 def test_history_is_forgotten_at_an_episode_start_only():
@@ -332,7 +463,7 @@ def test_inactive_agents_enter_no_mean(hyper):
     loss, numbers = ppo_loss(actor, critic, mb, args)
     gone = ~mb["active"]
     assert gone.any()
-    for name in ("advantages", "returns", "values", "logprobs", "dists"):
+    for name in ("advantages", "returns", "values", "logprobs", "anchor_dists"):
         mb[name] = mb[name].clone()
         mb[name][gone] = 50.0
     again, numbers_again = ppo_loss(actor, critic, mb, args)
@@ -345,7 +476,7 @@ def test_value_norm_follows_active_returns():
     norm = ValueNorm(True, decay=0.9)
     x, weights = 3.0 + 2.0 * torch.randn(100_000), (torch.rand(100_000) > 0.5).float()
     torch.testing.assert_close(norm.normalize(x), x)  # nothing seen yet
-    norm.update(torch.where(weights > 0, x, 1e6), weights)
+    norm.update(*mean_var(torch.where(weights > 0, x, 1e6), weights))
     mean, std = norm.mean_std()
     assert abs(mean - 3.0) < 0.05 and abs(std - 2.0) < 0.05
     torch.testing.assert_close(norm.denormalize(norm.normalize(x)), x, rtol=1e-4, atol=1e-4)
