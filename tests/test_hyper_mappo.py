@@ -757,3 +757,253 @@ def test_every_tag_is_explained_once():
     text = (ROOT / "docs" / "metrics.md").read_text()
     for tag in COLUMNS[2:]:
         assert len(re.findall(rf"^\| `{re.escape(tag)}` ", text, flags=re.M)) == 1, tag
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+
+def table_run(tmp_path, name, total_timesteps, num_ranks, *resume):
+    """tests/two_ranks.py in `num_ranks` processes: -> its run folder"""
+    script = [str(ROOT / "tests" / "two_ranks.py"), str(tmp_path / name), str(total_timesteps), *map(str, resume)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [sys.executable, *(torchrun if num_ranks > 1 else []), *script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return resume[0] if resume else next((tmp_path / name).iterdir())
+
+
+def test_two_ranks_with_half_the_envs_each_update_like_one_process_and_resume(tmp_path):
+    alone = load_checkpoint(table_run(tmp_path, "alone", 4 * 64, 1))
+    two_dir = table_run(tmp_path, "two", 2 * 64, 2)
+    assert len(list((tmp_path / "two").iterdir())) == 1 and len(metrics(two_dir)) == 2  # only one of them logs
+    two = load_checkpoint(table_run(tmp_path, "two", 4 * 64, 2, two_dir))
+    assert [len(x["workers"]) for x in (alone, two)] == [1, 2] and two["update"] == 4
+    for part in ("actor", "critic", "value_norm"):
+        for name, x in alone[part].items():
+            torch.testing.assert_close(two[part][name], x, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
+    assert [worker["env_state"]["t"] for worker in two["workers"]] == [32, 32]
+
+
+# ------------------------------------------------------------------------------------------ partners, targets, seams
+
+
+STAG_HUNT = dict(env_id="stag_hunt-4x4-4h1s", num_envs=8, num_steps=8, total_timesteps=3 * 64, num_minibatches=2)
+
+
+def test_partners_play_their_seats_and_enter_no_loss(tmp_path, monkeypatch):
+    partner = run(tmp_path, "partner", **STAG_HUNT, hyper="none")
+    weights = {name: x.clone() for name, x in load_checkpoint(partner)["actor"].items()}
+    made, batches = [], []
+
+    def spy_play(self, step, actions, play=hyper_mappo.Partners.play):
+        joint = play(self, step, actions)
+        assert torch.equal(joint[:, :1], actions[:, :1])
+        made.append((self, step, joint))
+        return joint
+
+    def spy_loss(actor, critic, mb, args):
+        batches.append(mb)
+        return ppo_loss(actor, critic, mb, args)
+
+    monkeypatch.setattr(hyper_mappo.Partners, "play", spy_play)
+    monkeypatch.setattr(hyper_mappo, "ppo_loss", spy_loss)
+    seats = ("nearest_hare:1", "stay:1", f"{partner}:1")
+    run_dir = run(tmp_path, "learner", **STAG_HUNT, partners=seats, eval_episodes=4)
+    for partners, _, joint in made:
+        assert partners.first_seat == 1 and (joint[:, 2] == hyper_mappo.stag_hunt.STAY).all()
+        for name, x in partners.policies[2].actor.state_dict().items():
+            assert torch.equal(x, weights[name]), name
+        assert not any(p.requires_grad for p in partners.policies[2].actor.parameters())
+    taken = []
+    for _, step, joint in made:
+        probs = hyper_mappo.stag_hunt.action_probs("nearest_hare", step.obs, step.action_mask)[:, 1]  # [N, n]
+        taken.append(probs.gather(1, joint[:, 1:2]))
+    assert (torch.cat([x.flatten() for x in taken]) > 0).float().mean() > 0.95  # all but those who left
+    assert batches and not any(mb["learns"][..., 1:].any() for mb in batches)
+    # Whatever stands in the partners' samples, the loss is the same.
+    mb, args = dict(batches[0]), Args(**{**TINY, "env_id": "stag_hunt-4x4-4h1s"})
+    torch.manual_seed(0)
+    policy = load_policy(run_dir)
+    critic = Critic(policy.spec, policy.args)
+    loss, _ = ppo_loss(policy.actor, critic, mb, args)
+    for name in ("advantages", "returns", "values", "logprobs"):
+        mb[name] = mb[name].clone()
+        mb[name][..., 1:] = 7.0
+    torch.testing.assert_close(ppo_loss(policy.actor, critic, mb, args)[0], loss)
+    # Logged by seat; evaluation plays with the same partners, or with others where asked to.
+    assert {f"charts/return_seat_{i}" for i in range(4)} <= set(metrics(run_dir)[0])
+    report = json.loads((run_dir / "eval.json").read_text())
+    assert report["mean_return"] == pytest.approx(report["mean_return_per_agent"][0])
+    assert cli(["--evaluate", str(run_dir), "--eval-episodes", "2", "--partners", "random:3"]) == 0
+    assert cli(["--resume", str(run_dir), "--total-timesteps", "256", "--eval-episodes", "0"]) == 0
+    assert len(metrics(run_dir)) == 4
+
+
+def test_init_from_starts_at_the_saved_policy(tmp_path, capsys):
+    first = run(tmp_path, "first", **STAG_HUNT)
+    saved = load_checkpoint(first)
+    tiny = ["--num-envs", "8", "--num-steps", "8", "--num-minibatches", "2", "--eval-episodes", "0"]
+    flags = [*tiny, "--env-id", STAG_HUNT["env_id"], "--runs-dir", str(tmp_path / "second"), "--seed", "2"]
+    flags += ["--init-from", str(first), "--total-timesteps", "64", "--partners", "random:2"]
+    assert cli([*flags, "--learning-rate", "0", "--hyper-learning-rate", "0"]) == 0
+    second = load_checkpoint(next((tmp_path / "second").iterdir()))
+    assert all(torch.equal(x, second["actor"][name]) for name, x in saved["actor"].items())
+    assert all(torch.equal(x, second["critic"][name]) for name, x in saved["critic"].items())
+    capsys.readouterr()
+    assert cli([*flags, "--hidden-size", "8"]) == 2
+    assert "contradicts" in capsys.readouterr().err
+    assert cli([*flags, "--env-id", "stag_hunt-8x8-4h1s"]) == 2
+    assert "is of env" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_target_is_refreshed_every_k_updates_exactly(tmp_path, monkeypatch, interval):
+    anchors, acted = [], []
+
+    def spy_loss(actor, critic, mb, args):
+        anchors.append(mb["anchor_dists"].clone())
+        with torch.no_grad():
+            inputs = (mb["obs"], mb.get("action_mask"), mb["active"], mb["starts"], mb["hidden"][0])
+            acted.append(actor(*inputs)[0])
+        return ppo_loss(actor, critic, mb, args)
+
+    monkeypatch.setattr(hyper_mappo, "ppo_loss", spy_loss)
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_minibatches=1, update_epochs=1)
+    run(tmp_path, total_timesteps=6 * 32, target_sync_interval=interval, learning_rate=0.01, **flags)
+    # With one minibatch an update, the policy seen in the loss is the one that acted.
+    same = [torch.allclose(anchor, dist, atol=1e-5) for anchor, dist in zip(anchors, acted, strict=True)]
+    assert same == [update % interval == 0 for update in range(6)]
+
+
+def test_resume_keeps_the_target(tmp_path, monkeypatch):
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, save_every=2, target_sync_interval=4)
+    whole = run(tmp_path, "whole", total_timesteps=6 * 32, **flags)
+    part = run(tmp_path, "part", total_timesteps=2 * 32, anneal_lr=False, **flags)
+    other = run(tmp_path, "other", total_timesteps=6 * 32, anneal_lr=False, **flags)
+    assert cli(["--resume", str(part), "--total-timesteps", str(6 * 32)]) == 0
+    assert metrics(part) == metrics(other) != metrics(whole)
+
+
+class StandInEncoder(torch.nn.Module):
+    """Offers what load_vae gives: z is the observation's first two numbers and how often the agent acted."""
+
+    config, history_size = {"latent_size": 3}, 1
+
+    def check_input(self, kind, shape):
+        assert kind == "obs"
+
+    def encode(self, obs, history=None):
+        return torch.cat([obs.float()[..., :2], history], dim=-1)
+
+    def observe(self, history, obs, actions):
+        assert actions.shape == obs.shape[:2]
+        return history + 1
+
+
+def test_subgoals_join_the_context_and_their_history_follows_episodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(hyper_mappo, "load_subgoals", lambda run_dir, spec: StandInEncoder())
+    seen = []
+
+    def spy_loss(actor, critic, mb, args):
+        seen.append((mb["z"].clone(), mb["obs"].clone()))
+        return ppo_loss(actor, critic, mb, args)
+
+    monkeypatch.setattr(hyper_mappo, "ppo_loss", spy_loss)
+    flags = dict(num_steps=8, num_minibatches=1, update_epochs=1, total_timesteps=64, subgoals="anywhere")
+    run_dir = run(tmp_path, **flags)  # own_number: episodes of 8 steps, like the rollout
+    for z, obs in seen:
+        torch.testing.assert_close(z[..., :2], obs[..., :2])
+        assert (z[..., 2].mean(dim=(1, 2)) == torch.arange(8)).all()
+    policy = load_policy(run_dir)
+    assert policy.actor.context.encoder.in_features == 3 + 3
+    obs, active, starts = torch.randn(1, 2, 2, 3), torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 2).bool()
+    hidden, z = torch.zeros(2, 2, policy.actor.hidden_size), torch.zeros(1, 2, 2, 3)
+    context = policy.actor.context(obs, z, active, starts, hidden)[0]
+    assert not torch.equal(policy.actor.context(obs, z + 1, active, starts, hidden)[0], context)
+
+
+def test_subgoals_of_a_real_pretraining_run(tmp_path, capsys):
+    import collect_data
+    import pretrain_vae
+
+    policies = ("nearest_stag", "nearest_hare")
+    recorded = dict(env_id=STAG_HUNT["env_id"], num_steps=600, num_envs=16, policies=policies, data_dir=str(tmp_path))
+    data = collect_data.main(collect_data.Args(**recorded))
+    pretraining = dict(data=str(data), model="cvae", epochs=1, latent_size=4, runs_dir=str(tmp_path / "vae"))
+    vae_dir = str(pretrain_vae.main(pretrain_vae.Args(**pretraining)))
+    run_dir = run(tmp_path, **STAG_HUNT, subgoals=vae_dir, partners=("nearest_stag:1",), eval_episodes=2)
+    assert len(metrics(run_dir)) == 3
+    policy = load_policy(run_dir)
+    assert policy.actor.num_subgoals == 4 and policy.actor.memory_size > policy.actor.hidden_size
+    assert not any(name.startswith("subgoals") for name in policy.actor.state_dict())  # frozen, and kept in one place
+    capsys.readouterr()
+    assert cli(["--subgoals", vae_dir, "--env-id", "stag_hunt-8x8-4h1s"]) == 2
+    error = capsys.readouterr().err
+    assert "(4, 4, 7)" in error and "8, 8, 7" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [{"hyper": "none"}, {}], ids=str)
+def test_compiled_numbers_are_those_of_eager(tmp_path, flags):
+    if not hyper_mappo.compile_works(torch.device("cpu")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=4, total_timesteps=32, **flags)
+    eager, compiled = (metrics(run(tmp_path, str(on), compile=on, **flags)) for on in (False, True))
+    for row, other in zip(eager, compiled, strict=True):
+        for name in LOSSES:
+            if row[name]:
+                assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5), name
+
+
+def test_compile_that_fails_is_said_and_left_out(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not hyper_mappo.compile_works(torch.device("cpu"))
+    assert "going on without" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=str)
+def test_every_form_trains_on_masked_envs_whose_agents_leave(tmp_path, flags):
+    rows = metrics(run(tmp_path, **{**STAG_HUNT, "total_timesteps": 64}, **flags))
+    assert len(rows) == 1 and all(math.isfinite(float(x)) for x in rows[0].values() if x)
+
+
+def test_gradient_cosine_of_hand_made_gradients():
+    actor, args = random_actor(hyper="none")
+    mb = random_minibatch(actor, args)
+    for name, x in mb.items():
+        if name not in ("state", "starts", "hidden"):
+            x[:, :, 1] = x[:, :, 0]
+            x[:, :, 2] = x[:, :, 0]
+    mb["learns"] = torch.ones_like(mb["active"])
+    assert hyper_mappo.gradient_cosine(actor, mb, args) == pytest.approx(1.0, abs=1e-4)
+    mb["advantages"][:, :, 2] *= -1
+    mb["learns"][:, :, 1] = False
+    assert hyper_mappo.gradient_cosine(actor, mb, args) == pytest.approx(-1.0, abs=1e-4)
+
+
+def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
+    stag_hunt = ["--env-id", "stag_hunt"]
+    other = run(tmp_path, "other", **STAG_HUNT)
+    for flags, message in [
+        (["--hyper", "full", "--hyper-rank", "2"], "--hyper-rank would do nothing with --hyper full"),
+        (["--hyper", "low-rank", "--hyper-rank", "0"], "at least 1"),
+        (["--hyper", "none", "--share-delta"], "--share-delta would do nothing"),
+        (["--hyper", "none", "--context-size", "16"], "unless --actor-context"),
+        (["--hyper", "delta", "--actor-context"], "--actor-context would do nothing with --hyper delta"),
+        (["--hyper", "delta", "--match-params", "full"], "--match-params would do nothing"),
+        (["--hyper-context", "local", "--share-delta"], "--share-delta would do nothing"),
+        (["--hyper-context", "agent-id", "--history", "lstm"], "--history would do nothing"),
+        (["--target-sync-interval", "0"], "--target-sync-interval must be at least 1"),
+        (["--num-steps", "64", "--chunk-length", "5"], "--chunk-length 5 does not divide"),
+        ([*stag_hunt, "--partners", "nearest_stag"], "NAME:SEATS"),
+        ([*stag_hunt, "--partners", "nearest_stag:4"], "leave at least 1"),
+        ([*stag_hunt, "--partners", "nearest_cat:1"], "nearest_cat"),
+        (["--env-id", "stag_hunt-8x8-4h1s", "--partners", f"{other}:1"], "was trained with"),
+        (["--subgoals", str(other)], "--subgoals: "),
+        (["--init-from", str(tmp_path / "nowhere")], "no checkpoint"),
+    ]:
+        assert cli([*flags, "--runs-dir", str(tmp_path / "none")]) == 2, flags
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
