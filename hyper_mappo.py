@@ -1415,7 +1415,6 @@ def main(args: Args) -> Path:
     memory = torch.zeros(N, A, actor.memory_size, device=device)
     target_hidden = torch.zeros(N, A, actor.hidden_size, device=device)
     starts = torch.ones(N, dtype=torch.bool, device=device)  # step.obs opens an episode
-    whole = torch.zeros(N, dtype=torch.bool, device=device)  # the episode has its full time limit
     probe: dict[str, torch.Tensor] = {}  # a few envs of the first rollout, to see how the policy changes
 
     # ---- resume
@@ -1439,10 +1438,9 @@ def main(args: Args) -> Path:
         if checkpoint is not None and rank == 0:
             print("the episodes in flight cannot be restored: new ones start, from a seed of their own")
         step = envs.reset(env_seed + global_step)
-        envs.spread_time_limits()
     else:
         step = envs.load_state_dict(worker["env_state"])
-        memory, target_hidden, starts, whole = (x.to(device) for x in worker["episodes"])
+        memory, target_hidden, starts = (x.to(device) for x in worker["episodes"])
         partners.memories = [None if x is None else x.to(device) for x in worker["partner_memories"]]
     if worker is not None:
         torch.set_rng_state(worker["torch_rng"].cpu())
@@ -1488,8 +1486,7 @@ def main(args: Args) -> Path:
             ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
             record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)
             record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
-            over = (step.episode_over & whole).float()  # first episodes may be cut short: not reported
-            whole = whole | step.episode_over
+            over = step.episode_over.float()
             sums = [over.sum().view(1), (over * step.episode_lengths).sum().view(1), over @ step.episode_returns]
             episodes += torch.cat(sums)
         global_step += batch_size
@@ -1599,7 +1596,7 @@ def main(args: Args) -> Path:
         if world_size > 1:  # all processes stop after the same update
             stopping = bool(all_sum(torch.tensor(float(stopping), device=device)))
         if update % args.save_every == 0 or update == num_updates or stopping:
-            worker = {"env_state": envs.state_dict(), "episodes": [memory, target_hidden, starts, whole]}
+            worker = {"env_state": envs.state_dict(), "episodes": [memory, target_hidden, starts]}
             worker |= {"partner_memories": partners.memories, "torch_rng": torch.get_rng_state()}
             worker |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
             workers = [worker]

@@ -123,13 +123,6 @@ class VecEnv:
         """Continues the episodes in flight; returns the EnvStep that `reset` or `step` returned last."""
         raise NotImplementedError
 
-    def spread_time_limits(self) -> None:
-        """Call after `reset`: the first time limit of each env is drawn anew, uniform up to the usual one.
-
-        Without it all envs play the same phase of an episode at the same time, for long, and so does every rollout.
-        The length of such a first episode counts from a start that was never played. Envs that cannot do it ignore it.
-        """
-
     def render(self) -> Any:
         """The picture of env 0 as uint8 numpy [height, width, 3]."""
         raise NotImplementedError

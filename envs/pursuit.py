@@ -287,9 +287,6 @@ class PursuitVecEnv(VecEnv):
             cells.append(self._cell(x, y).masked_fill(caught, self.grave))
         return self._begin(*cells)
 
-    def spread_time_limits(self) -> None:
-        self.lengths = torch.randint(self.max_cycles, (self.num_envs,), device=self.device, generator=self.generator)
-
     # --- parts of a step
 
     def _begin(self, pursuers: torch.Tensor, evaders: torch.Tensor) -> EnvStep:

@@ -388,17 +388,3 @@ def test_speed_benchmark_measures_every_env(tmp_path, capsys):
     ):
         assert line in printed
     assert plot.stat().st_size > 1000
-
-
-def test_spread_time_limits_end_first_episodes_at_all_times_and_later_ones_in_full():
-    env = PursuitVecEnv(400, "cpu", 0, max_cycles=20, n_evaders=5)
-    env.reset(seed=1)
-    env.spread_time_limits()
-    ended_at, actions = torch.zeros(400, dtype=torch.int64), torch.full((400, 8), 4)
-    for t in range(1, 41):
-        step = env.step(actions)
-        first = step.episode_over & (ended_at == 0)
-        assert (step.episode_lengths[step.episode_over] == 20).all()
-        ended_at[first] = t
-    counts = torch.bincount(ended_at, minlength=21)[1:]
-    assert counts.min() >= 5 and counts.sum() == 400  # 20 each on average
