@@ -46,7 +46,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from scipy.stats import t as student_t
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -1256,7 +1257,11 @@ def count_multiplications(spec: dict, args: Args) -> int:
         actor, critic, T, A = Actor(spec, args), Critic(spec, args), 8, spec["num_agents"]
         flags, starts = torch.ones(T, 1, A, dtype=torch.bool), torch.zeros(T, 1, dtype=torch.bool)
         z = torch.zeros(T, 1, A, actor.num_subgoals) if actor.subgoals else None
-        with FlopCounterMode(display=False) as counter:
+        missing = {  # what PyTorch's own table of operations leaves out
+            torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1],
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, **_: sdpa_flop_count(q, k, v),
+        }
+        with FlopCounterMode(display=False, custom_mapping=missing) as counter:
             hidden = torch.zeros(1, A, actor.hidden_size)
             actor(torch.zeros(T, 1, A, *spec["obs_shape"]), None, flags, starts, hidden, z)
             critic(torch.zeros(T, 1, *spec["state_shape"]))
@@ -1358,17 +1363,6 @@ def main(args: Args) -> Path:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # ---- logging: by the first process only
-    run_dir = Path(args.resume or ".")
-    if rank == 0:
-        run_dir = run_dir if args.resume else new_run_dir(args)
-        (run_dir / "args.json").write_text(json.dumps({**asdict(args), "resolved_backend": backend}, indent=2))
-        if args.track:
-            start_wandb(args, run_dir)
-        writer = SummaryWriter(str(run_dir), purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
-    last_good = f"last good checkpoint: {run_dir / 'latest.pt'}"
-
     # ---- envs
     env_seed = args.seed + rank * N
     envs = make_vec_env(
@@ -1390,7 +1384,7 @@ def main(args: Args) -> Path:
     if hyper_params:
         groups.append({"params": hyper_params, "initial_lr": args.hyper_learning_rate})
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)
-    if args.init_from:
+    if args.init_from and checkpoint is None:
         start_from(args, spec, actor, critic, value_norm)
     # What the KL penalty pulls towards; with an interval of 1 it is the policy that acted, whose output is at hand.
     target = copy.deepcopy(actor).requires_grad_(False) if args.target_sync_interval > 1 else None
@@ -1400,7 +1394,16 @@ def main(args: Args) -> Path:
         loss_function = torch.compile(ppo_loss, mode=mode)
         actor.compile(mode=mode)
         critic.compile(mode=mode)
+
+    # ---- logging: by the first process only
+    run_dir = Path(args.resume or ".")
     if rank == 0:
+        run_dir = run_dir if args.resume else new_run_dir(args)
+        (run_dir / "args.json").write_text(json.dumps({**asdict(args), "resolved_backend": backend}, indent=2))
+        if args.track:
+            start_wandb(args, run_dir)
+        writer = SummaryWriter(str(run_dir), purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
         where = f"on {device}" + (f" of {world_size} processes" if world_size > 1 else "")
         where += " (no CUDA device found)" if args.cuda and device.type == "cpu" else ""
         counts = [sum(p.numel() for p in params) for params in (base_params, hyper_params, critic.parameters())]
@@ -1408,6 +1411,7 @@ def main(args: Args) -> Path:
         print(f"env      {envs.env_id}, {backend} backend, {num_envs} envs x {A} agents, {where}")
         print("weights  actor {:,}, context and hypernetwork {:,}, critic {:,}".format(*counts))
         print(f"cost     {count_multiplications(spec, args):,} multiply-adds per agent and step, forward")
+    last_good = f"last good checkpoint: {run_dir / 'latest.pt'}"
 
     # ---- storage
     rollout: dict[str, torch.Tensor] = {}  # name -> [T, N, ...], allocated by the first step
@@ -1534,9 +1538,8 @@ def main(args: Args) -> Path:
         S = T * N // L
         batch["hidden"] = batch["hidden"].unsqueeze(0)  # [1, T/L, N, ...]
         for name, x in batch.items():
-            x = (
-                x if name == "hidden" else x.unflatten(0, (T // L, L)).transpose(0, 1)
-            )  # [T, N, ...] -> [L, T/L, N, ...]
+            if name != "hidden":
+                x = x.unflatten(0, (T // L, L)).transpose(0, 1)  # [T, N, ...] -> [L, T/L, N, ...]
             batch[name] = x.reshape(x.shape[0], S, *x.shape[3:])  # -> [L, S, ...]
         sums, num_done = torch.zeros(len(LOSSES) + 1, device=device), 0
         for _ in range(args.update_epochs):
@@ -1578,9 +1581,8 @@ def main(args: Args) -> Path:
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         num_ended, length_sum, *return_sums = episodes
         if num_ended:
-            metrics["charts/episodic_return"] = (
-                sum(return_sums[: partners.first_seat]) / partners.first_seat / num_ended
-            )
+            learners_sum = sum(return_sums[: partners.first_seat]) / partners.first_seat
+            metrics["charts/episodic_return"] = learners_sum / num_ended
             metrics["charts/episodic_length"] = length_sum / num_ended
             metrics |= {tag: x / num_ended for tag, x in zip(seat_columns, return_sums, strict=False)}
             progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}")
@@ -1599,6 +1601,7 @@ def main(args: Args) -> Path:
             worker = {"env_state": envs.state_dict(), "episodes": [memory, target_hidden, starts]}
             worker |= {"partner_memories": partners.memories, "torch_rng": torch.get_rng_state()}
             worker |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+            worker = tree_map_only(torch.Tensor, torch.Tensor.cpu, worker)
             workers = [worker]
             if world_size > 1:
                 workers = [None] * world_size
