@@ -13,8 +13,8 @@ Metrics, deviations and results: docs/pretrain_vae.md
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import functools
 import itertools
 import json
 import math
@@ -39,10 +39,11 @@ from tqdm import tqdm
 from dataset import Dataset, load_dataset
 from envs.stag_hunt import HUNT_STAG, MOVES, SCRIPTED, action_probs
 
-CHECKPOINT_FORMAT = "pretrain_vae/1"
+CHECKPOINT_FORMAT = "pretrain_vae/2"
 PREPARE_CHUNK = 16_384  # samples turned into network input at a time
 TINY = 1e-12
-JUDGES = 32  # numbers per step of the past that the GRU gets
+IMAGINED = 32  # policies that could have done what the agent did (cvae)
+FLOOR = 0.01  # share of random actions in them, so that no single step rules one out
 PROBE_SEQUENCES = 8192  # training sequences that the linear probe is fitted on
 
 
@@ -167,18 +168,6 @@ def describe_input(dataset: Dataset, kind: str) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def relative_cells(height: int, width: int, planes: int, device: torch.device) -> torch.Tensor:
-    """[HW + 1, HWC + 1]: number of a cell counted from an agent's own cell; the last of either means none."""
-    cell = torch.arange(height * width * planes)
-    row, col, plane = cell // planes // width, cell // planes % width, cell % planes
-    own = torch.arange(height * width)[:, None]
-    down, right = row - own // width + height - 1, col - own % width + width - 1  # [HW, HWC], from 0
-    table = torch.full((height * width + 1, len(cell) + 1), (2 * height - 1) * (2 * width - 1) * planes)
-    table[:-1, :-1] = (down * (2 * width - 1) + right) * planes + plane
-    return table.to(device)
-
-
 def network_input(spec: dict[str, Any], obs: torch.Tensor, seats: torch.Tensor) -> torch.Tensor:
     """Observations or states [B, *shape] of the modelled agents in `seats` [B] -> cells [B, P] int64 or numbers [B, F].
 
@@ -201,8 +190,11 @@ def network_input(spec: dict[str, Any], obs: torch.Tensor, seats: torch.Tensor) 
     if not spec["centred"]:
         return cells
     height, width, planes = spec["shape"]
-    own = torch.where(cells % planes == 0, cells, size).amin(1) // planes  # [B], the cell set in plane 0
-    relative = relative_cells(height, width, planes, cells.device)[own[:, None], cells]  # [B, P]
+    own = torch.where(cells % planes == 0, cells, size).amin(1, keepdim=True) // planes  # [B, 1], cell set in plane 0
+    down = cells // planes // width - own // width + height - 1  # [B, P], from 0
+    right = cells // planes % width - own % width + width - 1
+    relative = (down * (2 * width - 1) + right) * planes + cells % planes
+    relative = relative.masked_fill((cells == size) | (own == size // planes), num_inputs(spec) - size - 2)
     return torch.cat([cells, size + 1 + relative], 1)
 
 
@@ -365,17 +357,19 @@ class VAE(nn.Module):
         self.config, self.spec = config, config["spec"]
         self.model, hidden, latent = config["model"], config["hidden_size"], config["latent_size"]
         self.num_actions = self.spec["num_actions"]
-        self.history_size = config["history_size"] + JUDGES if self.model == "cvae" else 0  # G: GRU state and tally
+        # G: GRU state, and log-likelihood of the past under the imagined policies
+        self.history_size = config["history_size"] + IMAGINED if self.model == "cvae" else 0
         self.sees_obs = config["policy_input"] == "obs-z"
         # One view of the input serves z and the policy head, unless the head must not shape z.
         views = 2 if self.sees_obs and config["loss"] == "recon" else 1
         self.encoder = ObsEncoder(self.spec, hidden, views)
         latent_here = latent
         if self.history_size:
-            self.judge = nn.Sequential(
-                nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.num_actions * JUDGES)
+            self.imagined = nn.Sequential(
+                nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.num_actions * IMAGINED)
             )
-            self.gru = nn.GRU(JUDGES, config["history_size"], batch_first=True)
+            self.prior = nn.Parameter(torch.zeros(IMAGINED))
+            self.gru = nn.GRU(IMAGINED, config["history_size"], batch_first=True)
             # DEVIATION: half of z, "who", comes from the history alone; the teacher's subgoal is for the other half.
             latent_here = subgoal_size(latent)
             self.to_who = nn.Linear(self.history_size, 2 * (latent - latent_here))
@@ -395,27 +389,27 @@ class VAE(nn.Module):
         return views[0], views[-1] if self.sees_obs else None
 
     def step_features(self, features: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """What one (observation, action) of the past tells. [B, D], [B] -> [B, J]
+        """Log-probability of the actions under the imagined policies. [B, D], [B] -> [B, J]"""
+        probs = self.imagined(features).view(len(features), self.num_actions, -1).softmax(1)  # [B, n, J]
+        taken = probs[torch.arange(len(probs), device=probs.device), actions.clamp(min=0)]  # [B, J]
+        return ((1 - FLOOR) * taken + FLOOR / self.num_actions).log()
 
-        J numbers per action, of which the action taken picks its own: just like the log-likelihoods of what was done
-        under J policies. A Bayes posterior over policies adds these up, and so does the tally kept beside the GRU.
-        """
-        scores = self.judge(features).view(len(features), self.num_actions, -1)  # [B, n, J]
-        return scores[torch.arange(len(scores), device=scores.device), actions.clamp(min=0)]
-
-    def histories(self, features: torch.Tensor, actions: torch.Tensor, place: tuple) -> torch.Tensor:
-        """GRU state and tally before each sample, of the steps before it in its sequence. [B, D], [B] -> [B, G]"""
+    def histories(self, steps: torch.Tensor, place: tuple) -> torch.Tensor:
+        """GRU state and log-likelihood before each sample, of the steps [B, J] before it in its sequence. -> [B, G]"""
         sequence, position, num_sequences, longest = place
-        steps = features.new_zeros(num_sequences, longest, JUDGES)
-        steps = steps.index_put((sequence, position), self.step_features(features, actions))
-        after = torch.cat([self.gru(steps)[0], steps.cumsum(1)], 2)  # [Q, L, G], position t has seen step t
+        padded = steps.new_zeros(num_sequences, longest, IMAGINED).index_put((sequence, position), steps)
+        after = torch.cat([self.gru(padded)[0], padded.cumsum(1)], 2)  # [Q, L, G], position t has seen step t
         before = F.pad(after, (0, 0, 1, -1))  # [Q, L, G], position t has seen steps up to t - 1
         return before[sequence, position]
+
+    def belief(self, history: torch.Tensor) -> torch.Tensor:
+        """Log of the Bayes posterior over the imagined policies. [B, G] -> [B, J]"""
+        return (history[:, -IMAGINED:] + self.prior).log_softmax(1)
 
     def posterior(self, features: torch.Tensor, history: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of q(z), [B, Z] each; VQ-VAE: the encoder's output [B, Z] and the nearest code [B]."""
         if history is not None:
-            history = torch.cat([history[:, :-JUDGES], history[:, -JUDGES:].tanh()], 1)  # the tally may grow for long
+            history = torch.cat([history[:, :-IMAGINED], self.belief(history).exp()], 1)
             features = torch.cat([features, history], 1)
         out = self.to_latent(features)
         if self.model == "vqvae":
@@ -487,17 +481,27 @@ class VAE(nn.Module):
         if not self.history_size:
             return history
         steps = self.step_features(self._features(obs).flatten(0, -2), actions.flatten())  # [B, J]
-        before, tally = history.reshape(-1, self.history_size).tensor_split((-JUDGES,), 1)
+        before, likelihood = history.reshape(-1, self.history_size).tensor_split((-IMAGINED,), 1)
         _, after = self.gru(steps[:, None], before[None].contiguous())  # [1, B, G - J]
-        return torch.cat([after[0], tally + steps], 1).view(history.shape)
+        return torch.cat([after[0], likelihood + steps], 1).view(history.shape)
 
 
 # ---------------------------------------------------------------- losses
 
 
-def gaussian_kl(mu: torch.Tensor, logvar: torch.Tensor, mu_p: torch.Tensor, logvar_p: torch.Tensor) -> torch.Tensor:
-    """KL(N(mu, var) || N(mu_p, var_p)) per dimension. [B, Z]"""
-    return 0.5 * (logvar_p - logvar + (logvar.exp() + (mu - mu_p).pow(2)) / logvar_p.exp() - 1)
+def sample(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+
+
+def gaussian_kl(q: tuple[torch.Tensor, torch.Tensor], free_bits: float, p: tuple | None = None) -> torch.Tensor:
+    """KL(q || p), mean over the batch, at least `free_bits` per dimension, summed. -> scalar
+
+    q, p: means and log-variances [B, Z]; p None: the standard normal.
+    """
+    mu, logvar = q
+    mu_p, logvar_p = p or (torch.zeros_like(mu), torch.zeros_like(mu))
+    kl = 0.5 * (logvar_p - logvar + (logvar.exp() + (mu - mu_p).pow(2)) / logvar_p.exp() - 1)  # [B, Z]
+    return kl.mean(0).clamp(min=free_bits).sum()
 
 
 def recon_loss(spec: dict[str, Any], kind: str, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -512,11 +516,6 @@ def recon_loss(spec: dict[str, Any], kind: str, out: torch.Tensor, x: torch.Tens
         target = torch.zeros(len(out), size + 1, device=out.device).scatter_(1, x[:, : spec["max_cells"]], 1)[:, :size]
     loss = F.binary_cross_entropy_with_logits if kind == "bce" else F.mse_loss
     return loss(out, target, reduction="sum") / len(out)
-
-
-def free_kl(kl: torch.Tensor, free_bits: float) -> torch.Tensor:
-    """[B, Z] -> mean over the batch, at least `free_bits` per dimension, summed."""
-    return kl.mean(0).clamp(min=free_bits).sum()
 
 
 def compute_losses(
@@ -541,9 +540,15 @@ def compute_losses(
             masks = torch.zeros_like(masks).scatter_(1, moves[turn], masks)
 
     features, seen = model.look(x)  # [B, D] each
-    history = model.histories(features, actions, place) if model.history_size else None
-    mu, logvar = model.posterior(features, history)
     losses: dict[str, torch.Tensor] = {}
+    history = None
+    if model.history_size:
+        steps = model.step_features(features, actions)  # [B, J]
+        history = model.histories(steps, place)  # [B, G]
+        if args.loss != "recon":
+            # DEVIATION: the past is explained by a mixture of imagined policies, each action by the belief before it.
+            losses["mixture_loss"] = -(model.belief(history) + steps).logsumexp(1).mean()
+    mu, logvar = model.posterior(features, history)
     if model.model == "vqvae":
         code = logvar  # [B]
         nearest = model.codebook[code]  # [B, Z]
@@ -552,7 +557,7 @@ def compute_losses(
         kl = torch.zeros((), device=mu.device)
     else:
         code = mu
-        z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+        z = sample(mu, logvar)
     target = x
     if model.model == "cvae":
         if extras["goal_steps"] is not None:
@@ -567,35 +572,36 @@ def compute_losses(
             target = extras["symmetries"][0][turn[:, None], target]
         mu_goal, logvar_goal = teacher.posterior(teacher.look(target)[0], None)
         who = mu.shape[1] - mu_goal.shape[1]  # the part of z from the history alone has no subgoal to meet
-        zeros = torch.zeros_like(mu[:, :who])
-        kl = free_kl(gaussian_kl(mu[:, :who], logvar[:, :who], zeros, zeros), args.free_bits) + free_kl(
-            gaussian_kl(mu[:, who:], logvar[:, who:], mu_goal.detach(), logvar_goal.detach()), args.free_bits
-        )
+        kl = gaussian_kl((mu[:, :who], logvar[:, :who]), args.free_bits)
+        kl = kl + gaussian_kl((mu[:, who:], logvar[:, who:]), args.free_bits, (mu_goal.detach(), logvar_goal.detach()))
         if args.teacher is None:
-            z_goal = mu_goal + torch.randn_like(mu_goal) * (0.5 * logvar_goal).exp()
-            teacher_kl = gaussian_kl(mu_goal, logvar_goal, torch.zeros_like(mu_goal), torch.zeros_like(mu_goal))
-            recon = recon_loss(model.spec, extras["recon_kind"], teacher.decoder(z_goal), target)
-            losses["teacher_loss"] = args.recon_coef * recon + extras["kl_coef"] * free_kl(teacher_kl, args.free_bits)
+            out = teacher.decoder(sample(mu_goal, logvar_goal))
+            losses["teacher_loss"] = args.recon_coef * recon_loss(model.spec, extras["recon_kind"], out, target)
+            losses["teacher_loss"] += extras["kl_coef"] * gaussian_kl((mu_goal, logvar_goal), args.free_bits)
     elif model.model == "vae":
-        kl = free_kl(gaussian_kl(mu, logvar, torch.zeros_like(mu), torch.zeros_like(mu)), args.free_bits)
+        kl = gaussian_kl((mu, logvar), args.free_bits)
     losses["kl_loss"] = kl
 
     used = z.detach() if args.loss == "recon" else z
-    logits = model.action_logits(seen, timesteps, used, masks)  # [B, n]
-    losses["moa_loss"] = F.cross_entropy(logits, actions, weight=extras["class_weights"])
+
+    def moa_loss(at: torch.Tensor | slice) -> torch.Tensor:
+        logits = model.action_logits(
+            None if seen is None else seen[at], timesteps[at], used, None if masks is None else masks[at]
+        )  # [B, n]
+        return F.cross_entropy(logits, actions[at], weight=extras["class_weights"])
+
+    losses["moa_loss"] = moa_loss(slice(None))
     if model.model == "cvae":
         # DEVIATION: z also has to explain what the agent does up to `horizon` steps later. Samples of a sequence are
         # neighbours in the batch.
         ahead = torch.randint(0, args.horizon + 1, index.shape, device=index.device)
-        later = torch.arange(len(index), device=index.device) + torch.minimum(ahead, samples.last[index] - index)
-        seen = None if seen is None else seen[later]
-        logits = model.action_logits(seen, timesteps[later], used, None if masks is None else masks[later])
-        losses["later_moa_loss"] = F.cross_entropy(logits, actions[later], weight=extras["class_weights"])
+        here = torch.arange(len(index), device=index.device)
+        losses["later_moa_loss"] = moa_loss(here + torch.minimum(ahead, samples.last[index] - index))
     loss = losses["moa_loss"] + extras["kl_coef"] * kl
     if args.loss != "moa":
         losses["recon_loss"] = recon_loss(model.spec, extras["recon_kind"], model.decoder(z), target)
         loss = loss + args.recon_coef * losses["recon_loss"]
-    for name in ("codebook_loss", "teacher_loss", "later_moa_loss"):
+    for name in ("codebook_loss", "teacher_loss", "later_moa_loss", "mixture_loss"):
         loss = loss + losses.get(name, 0.0)
     return {"loss": loss, **losses}, code
 
@@ -641,12 +647,7 @@ def glance(dataset: Dataset, rows: np.ndarray, seats: np.ndarray) -> np.ndarray:
     """
     parts = [dataset.timesteps[rows]]
     if dataset.meta["env_id"].startswith("stag_hunt"):
-        sums = np.concatenate(
-            [
-                dataset.observations[rows[part], seats[part]].sum((1, 2), dtype=np.int64)
-                for part in np.array_split(np.arange(len(rows)), 1 + len(rows) // PREPARE_CHUNK)
-            ]
-        )  # [M, C]
+        sums = dataset.states.sum((1, 2), dtype=np.int64)[rows]  # [M, C]
         hunts = dataset.action_masks[rows, seats, HUNT_STAG:]  # [M, 2]
         parts += [sums[:, : dataset.num_agents].sum(1), sums[:, -2], sums[:, -1], hunts[:, 0], hunts[:, 1]]
     code = np.zeros(len(rows), np.int64)
@@ -698,7 +699,8 @@ def predict(model: VAE, samples: Samples, sequences: np.ndarray, batch_size: int
     for index, place in samples.batches(sequences, batch_size, None):
         x = samples.input_of(index)
         features, seen = model.look(x)
-        history = model.histories(features, samples.actions[index], place) if model.history_size else None
+        steps = model.step_features(features, samples.actions[index]) if model.history_size else None
+        history = model.histories(steps, place) if model.history_size else None
         mu, code = model.posterior(features, history)
         z = model.codebook[code] if model.model == "vqvae" else mu
         masks = None if samples.masks is None else samples.masks[index]
@@ -715,29 +717,36 @@ def top_hits(probs: torch.Tensor, truth: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def score(
-    split: str, logits: torch.Tensor, samples: Samples, index: np.ndarray, ceilings: Ceilings, policies: list[str]
+    split: str,
+    logits: torch.Tensor,
+    samples: Samples,
+    index: np.ndarray,
+    ceilings: Ceilings,
+    policies: list[str],
+    probed: torch.Tensor | None = None,
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
     """Rows of moa_eval_epoch*.csv: all samples, and by policy, action, and history length; and the confusion [n, n].
 
     top1 and top3 count what was done. "expected" and the ceilings are the scripts' own probability of the guess of the
-    model and of the perfect predictors: without the luck of the draw, hence better to compare.
+    model and of the perfect predictors: without the luck of the draw, hence better to compare. With `probed`, the
+    policies [M] that the linear probe takes the agents for, the same of the probe and the Bayes classifier.
     """
     logits, actions = logits.cpu(), samples.actions.cpu()[index]
+    seated, past = samples.policies.cpu()[index], samples.past.cpu()[index]
     num_actions = logits.shape[1]
-    numbers = {
-        "top1": top_hits(logits, actions, 1),
-        "top3": top_hits(logits, actions, 3),
-        "cross_entropy": F.cross_entropy(logits, actions, reduction="none"),
-        "expected_top1": top_hits(logits, ceilings.known, 1),
-        "expected_top3": top_hits(logits, ceilings.known, 3),
-        "ceiling_known_top1": top_hits(ceilings.known, ceilings.known, 1),
-        "ceiling_known_top3": top_hits(ceilings.known, ceilings.known, 3),
-        "ceiling_top1": top_hits(ceilings.seen, ceilings.known, 1),
-        "ceiling_top3": top_hits(ceilings.seen, ceilings.known, 3),
-    }
+    numbers = {"top1": top_hits(logits, actions, 1), "top3": top_hits(logits, actions, 3)}
+    numbers["cross_entropy"] = F.cross_entropy(logits, actions, reduction="none")
+    for name, probs in (("expected", logits), ("ceiling_known", ceilings.known), ("ceiling", ceilings.seen)):
+        numbers |= {f"{name}_top{k}": top_hits(probs, ceilings.known, k) for k in (1, 3)}
+    if probed is not None:
+        at_random = 1 / len(policies)  # where there was nothing to fit the probe on
+        expected = ceilings.posterior.gather(1, probed.clamp(min=0)[:, None])[:, 0]
+        numbers["probe"] = torch.where(probed < 0, at_random, (probed == seated).float())
+        numbers["expected_probe"] = torch.where(probed < 0, at_random, expected)
+        numbers["bayes"] = top_hits(ceilings.posterior, seated, 1)
+        numbers["expected_bayes"] = ceilings.posterior.amax(1)
     guess = logits.argmax(1)
     confusion = torch.bincount(actions * num_actions + guess, minlength=num_actions**2).view(num_actions, -1)
-    seated, past = samples.policies.cpu()[index], samples.past.cpu()[index]
     groups = [("all", "all", torch.ones_like(actions, dtype=torch.bool))]
     groups += [("policy", name, seated == k) for k, name in enumerate(policies)]
     groups += [("action", str(a), actions == a) for a in range(num_actions)]
@@ -757,79 +766,70 @@ def score(
     return rows, confusion
 
 
-def linear_probe(
-    z: np.ndarray, policies: np.ndarray, past: np.ndarray, train: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> np.ndarray:
-    """Is a linear probe from z to the policy right? [M'] bool; one probe for each history length, fitted on `train`.
+def linear_probe(z: np.ndarray, past: np.ndarray, fitted: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The policy that a linear probe reads off z. [M]; one probe for each history length.
 
-    train: z, policies and history lengths of training samples.
+    fitted: z, policies and history lengths of the training samples that it is fitted on; -1 where there are none.
     """
     from sklearn.linear_model import LogisticRegression
 
-    right = np.zeros(len(z), bool)
+    guess = np.full(len(z), -1)
     for length in np.unique(past):
-        mine, seen = past == length, train[2] == length
-        labels = train[1][seen]
-        if len(np.unique(labels)) < 2:  # only one policy lasts so long
-            right[mine] = policies[mine] == (labels[0] if len(labels) else -1)
-        else:
-            right[mine] = (
-                LogisticRegression(max_iter=300).fit(train[0][seen], labels).predict(z[mine]) == policies[mine]
-            )
-    return right
+        mine, seen = past == length, fitted[2] == length
+        labels = np.unique(fitted[1][seen])
+        if len(labels) == 1:  # only one policy lasts so long
+            guess[mine] = labels[0]
+        elif len(labels):
+            guess[mine] = LogisticRegression(max_iter=300).fit(fitted[0][seen], fitted[1][seen]).predict(z[mine])
+    return guess
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def new_figure(rows: int, columns: int, width: float, height: float):
+@contextlib.contextmanager
+def picture(path: Path, rows: int, columns: int, width: float, height: float):
+    """Gives axes [rows, columns] to draw on; writes the file at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-
-
-def save_figure(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    yield axes
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
     """Losses, training and held-out, on a log scale; top-1 and top-3 with their ceilings."""
-    figure, axes = new_figure(1, 2, 11, 4)
     epochs = [row["epoch"] for row in metrics]
     names = [name for name in metrics[0] if name.startswith("losses/")]
-    for i, name in enumerate(names):
-        for prefix, style in (("", "-"), ("heldout_", "--")):
-            values = [max(row[prefix + name], 1e-6) for row in metrics]
-            axes[0, 0].plot(epochs, values, style, color=f"C{i}", label=prefix + name.removeprefix("losses/"))
-    axes[0, 0].set(yscale="log", xlabel="epoch", ylabel="loss", title="losses (dashed: held-out episodes)")
-    for i, k in enumerate(("top1", "top3")):
-        axes[0, 1].plot(epochs, [row[f"eval/{k}"] for row in metrics], color=f"C{i}", label=k)
-        axes[0, 1].plot(
-            epochs, [row[f"eval/ceiling_{k}"] for row in metrics], "--", color=f"C{i}", label=f"{k} ceiling"
-        )
-    axes[0, 1].set(xlabel="epoch", ylabel="accuracy", title="held-out episodes")
-    for axis in axes.flat:
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
+    with picture(path, 1, 2, 11, 4) as axes:
+        for i, name in enumerate(names):
+            for prefix, style in (("", "-"), ("heldout_", "--")):
+                values = [max(row[prefix + name], 1e-6) for row in metrics]
+                axes[0, 0].plot(epochs, values, style, color=f"C{i}", label=None if prefix else name[7:])
+        axes[0, 0].set(yscale="log", xlabel="epoch", ylabel="loss", title="losses (dashed: held-out episodes)")
+        for i, k in enumerate(("top1", "top3")):
+            for key, style in ((k, "-"), (f"ceiling_{k}", "--")):
+                values = [row[f"eval/{key}"] for row in metrics]
+                axes[0, 1].plot(epochs, values, style, color=f"C{i}", label=key.replace("_", " "))
+        axes[0, 1].set(xlabel="epoch", ylabel="accuracy", title="held-out episodes")
+        for axis in axes.flat:
+            axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below the plot
+            axis.grid(alpha=0.3)
 
 
 def plot_confusion(confusion: torch.Tensor, path: Path) -> None:
     """Rows: what was done, in shares of the row; columns: what was predicted."""
     shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-    figure, axes = new_figure(1, 1, 5.5, 5)
-    axes[0, 0].imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    for (i, j), share in np.ndenumerate(shares):
-        axes[0, 0].text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
-    axes[0, 0].set(xlabel="predicted action", ylabel="action", title="held-out episodes, shares of each row")
-    axes[0, 0].set(xticks=range(len(shares)), yticks=range(len(shares)))
-    save_figure(figure, path)
+    with picture(path, 1, 1, 5.5, 5) as axes:
+        axes[0, 0].imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        for (i, j), share in np.ndenumerate(shares):
+            axes[0, 0].text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+        axes[0, 0].set(xlabel="predicted action", ylabel="action", title="held-out episodes, shares of each row")
+        axes[0, 0].set(xticks=range(len(shares)), yticks=range(len(shares)))
 
 
 def plot_latents(z: np.ndarray, policies: np.ndarray, names: list[str], path: Path) -> None:
@@ -841,45 +841,38 @@ def plot_latents(z: np.ndarray, policies: np.ndarray, names: list[str], path: Pa
     maps = {"PCA": z @ np.linalg.svd(z, full_matrices=False)[2][:2].T if z.shape[1] > 1 else np.repeat(z, 2, 1)}
     if len(z) > 50:
         maps["t-SNE"] = TSNE(perplexity=30, random_state=0, init="random").fit_transform(z)
-    figure, axes = new_figure(1, len(maps), 5.5 * len(maps), 5)
-    for axis, (title, points) in zip(axes.flat, maps.items(), strict=True):
-        for k, name in enumerate(names):
-            axis.scatter(*points[policies == k].T, s=5, label=Path(name).name)
-        axis.set(title=f"{title} of z")
-        axis.legend(fontsize=7)
-    save_figure(figure, path)
+    with picture(path, 1, len(maps), 5.5 * len(maps), 5) as axes:
+        for axis, (title, points) in zip(axes.flat, maps.items(), strict=True):
+            for k, name in enumerate(names):
+                axis.scatter(*points[policies == k].T, s=5, label=Path(name).name)
+            axis.set(title=f"{title} of z")
+            axis.legend(fontsize=7)
 
 
-def plot_probe(rows: list[dict[str, float]], path: Path) -> None:
-    figure, axes = new_figure(1, 1, 6.5, 4)
-    lengths = [row["history"] for row in rows]
-    for key, label in (("bayes", "Bayes classifier"), ("probe", "linear probe of z")):
-        axes[0, 0].plot(lengths, [row[key] for row in rows], marker=".", label=label)
-    axes[0, 0].set(xlabel="steps of the agent seen before", ylabel="accuracy", title="which policy is it? (held-out)")
-    axes[0, 0].grid(alpha=0.3)
-    axes[0, 0].legend()
-    save_figure(figure, path)
+def plot_probe(rows: list[dict[str, Any]], path: Path) -> None:
+    lengths = [int(row["name"]) for row in rows]
+    with picture(path, 1, 1, 6.5, 4) as axes:
+        for name, label, colour in (("bayes", "Bayes classifier", "C0"), ("probe", "linear probe of z", "C1")):
+            axes[0, 0].plot(lengths, [row[f"expected_{name}"] for row in rows], color=colour, label=label)
+            axes[0, 0].plot(lengths, [row[name] for row in rows], ".", color=colour, label=f"{label}, counted")
+        axes[0, 0].set(xlabel="steps of the agent seen before", ylabel="accuracy", title="which policy? (held-out)")
+        axes[0, 0].grid(alpha=0.3)
+        axes[0, 0].legend()
 
 
 def plot_reconstructions(truth: np.ndarray, recon: np.ndarray, path: Path) -> None:
     """Pairs of observations [n, *O]: maps as one picture, a colour for each plane; others as lines."""
-    figure, axes = new_figure(2, len(truth), 1.8 * len(truth), 3.8)
-    colours = np.array([plane_colour(i) for i in range(truth.shape[-1])])  # [C, 3]
-    for column in range(len(truth)):
-        for row, image in enumerate((truth[column], recon[column])):
-            axis = axes[row, column]
+    from matplotlib import colormaps
+
+    colours = np.array([colormaps["tab10"](i % 10)[:3] for i in range(truth.shape[-1])])  # [C, 3]
+    with picture(path, 2, len(truth), 1.8 * len(truth), 3.8) as axes:
+        for (row, column), axis in np.ndenumerate(axes):
+            image = (truth, recon)[row][column]
             if image.ndim == 3:
                 axis.imshow(np.clip(1 - np.clip(image, 0, 1) @ (1 - colours), 0, 1))
             else:
                 axis.plot(image.ravel(), linewidth=0.5)
             axis.set(xticks=[], yticks=[], title=("true", "decoded")[row])
-    save_figure(figure, path)
-
-
-def plane_colour(i: int) -> tuple[float, float, float]:
-    from matplotlib import colormaps
-
-    return colormaps["tab10"](i % 10)[:3]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -1009,16 +1002,16 @@ def main(args: Args) -> Path:
     samples = Samples(dataset, spec, device, args.memory_limit_mb)
     parts = {name: samples.sequences(episodes) for name, episodes in split.items()}
     train = parts.pop("train")
-    policies = samples.policies.cpu().numpy()
+    policies = samples.policies.cpu()
     for name in args.holdout_policies:
-        if not (policies[samples.index(parts["heldout_policies"])] == meta["policies"].index(name)).any():
+        if meta["policies"].index(name) not in policies[samples.index(parts["heldout_policies"])]:
             raise ValueError(f"--holdout-policies: expected active samples of {name}, got none; collect some")
     train_index = samples.index(train)
-    heldout = {name: (some, samples.index(some)) for name, some in parts.items() if len(some)}
-    ceilings = {
-        name: compute_ceilings(dataset, samples, index, train_index, args.model == "cvae")
-        for name, (_, index) in heldout.items()
-    }
+    heldout = {}  # sequences, samples, ceilings of each part
+    for name, some in parts.items():
+        if len(some):
+            index = samples.index(some)
+            heldout[name] = some, index, compute_ceilings(dataset, samples, index, train_index, args.model == "cvae")
     symmetries = make_symmetries(spec) if args.augment is not False else None
     if args.augment and symmetries is None:
         raise ValueError("--augment: expected 0/1 maps of a square stag hunt, got others; leave it out")
@@ -1125,26 +1118,20 @@ def main(args: Args) -> Path:
         num_heldout = len(heldout["heldout_episodes"][1])
         row |= {f"heldout_losses/{name}": total / num_heldout for name, total in totals.items()}
         table, arrays = [], {}
-        for name, (sequences, index) in heldout.items():
+        for name, (sequences, index, ceilings) in heldout.items():
             logits, z = predict(model, samples, sequences, args.batch_size)
-            rows, confusion = score(name, logits, samples, index, ceilings[name], meta["policies"])
+            rows, confusion = score(name, logits, samples, index, ceilings, meta["policies"])
             table += rows
-            arrays |= {
-                f"{name}_logits": logits.cpu().numpy(),
-                f"{name}_z": z.cpu().numpy(),
-                f"{name}_actions": samples.actions.cpu().numpy()[index],
-                f"{name}_policy_ids": policies[index],
-                f"{name}_history": samples.past.cpu().numpy()[index],
-                f"{name}_confusion": confusion.numpy(),
-            }
+            found = {"logits": logits, "z": z, "confusion": confusion, "actions": samples.actions[index]}
+            found |= {"policy_ids": samples.policies[index], "history": samples.past[index]}
+            arrays |= {f"{name}_{key}": value.cpu().numpy() for key, value in found.items()}
             prefix = "eval" if name == "heldout_episodes" else "eval_policies"
             numbers = {key: value for key, value in rows[0].items() if isinstance(value, float)}
             row |= {f"{prefix}/{key}": value for key, value in numbers.items()}
             print(
                 f"[MOA] epoch {epoch + 1}: top1={numbers['top1']:.4f}, top3={numbers['top3']:.4f}, "
                 f"cross-entropy={numbers['cross_entropy']:.4f} on {name}; expected {numbers['expected_top1']:.4f} and "
-                f"{numbers['expected_top3']:.4f} of {numbers['ceiling_top1']:.4f} and {numbers['ceiling_top3']:.4f} "
-                f"(knowing the policy {numbers['ceiling_known_top1']:.4f} and {numbers['ceiling_known_top3']:.4f}); "
+                f"{numbers['expected_top3']:.4f} of {numbers['ceiling_top1']:.4f} and {numbers['ceiling_top3']:.4f}; "
                 f"{row['charts/samples_per_second']:.0f} samples/s"
             )
         columns = list(dict.fromkeys(key for line in table for key in line))
@@ -1173,43 +1160,37 @@ def main(args: Args) -> Path:
             save_checkpoint(saved, run_dir / "best.pt")
         model.train()
 
-    # ---- pictures, of the best model
+    # ---- probe and pictures, of the best model
     model = load_vae(run_dir, device)
-    sequences, index = heldout["heldout_episodes"]
+    sequences, index, ceilings = heldout["heldout_episodes"]
     logits, z = predict(model, samples, sequences, args.batch_size)
-    z = z.cpu().numpy()
+    policies, past = samples.policies.cpu().numpy(), samples.past.cpu().numpy()
     plot_curves(metrics, run_dir / "learning_curve.png")
-    confusion = score("best", logits, samples, index, ceilings["heldout_episodes"], meta["policies"])[1]
+    plot_latents(z.cpu().numpy(), policies[index], meta["policies"], run_dir / "latents.png")
+    some = train[:PROBE_SEQUENCES]
+    fitted = samples.index(some)
+    fitted = predict(model, samples, some, args.batch_size)[1].cpu().numpy(), policies[fitted], past[fitted]
+    guess = torch.from_numpy(linear_probe(z.cpu().numpy(), past[index], fitted))
+    rows, confusion = score("heldout_episodes", logits, samples, index, ceilings, meta["policies"], guess)
     plot_confusion(confusion, run_dir / "confusion.png")
-    plot_latents(z, policies[index], meta["policies"], run_dir / "latents.png")
-    past = samples.past.cpu().numpy()
-    fitted = train[:PROBE_SEQUENCES]
-    train_z = predict(model, samples, fitted, args.batch_size)[1].cpu().numpy()
-    fitted = samples.index(fitted)
-    right = linear_probe(z, policies[index], past[index], (train_z, policies[fitted], past[fitted]))
-    bayes = ceilings["heldout_episodes"].posterior.argmax(1).numpy() == policies[index]
-    probe = []
-    for length in np.unique(past[index]):
-        mine = past[index] == length
-        row = {"history": int(length), "samples": int(mine.sum()), "probe": right[mine].mean()}
-        probe.append(row | {"bayes": bayes[mine].mean()})
+    probe = [row for row in rows if row["kind"] in ("all", "history")]
     write_csv(run_dir / "probe.csv", list(probe[0]), probe)
-    plot_probe(probe, run_dir / "probe.png")
-    worst = min(probe, key=lambda row: row["probe"] / row["bayes"])
-    print(
-        f"[probe] z -> policy: {right.mean():.4f}, Bayes {bayes.mean():.4f}; least at history {worst['history']}: "
-        f"{worst['probe']:.4f} of {worst['bayes']:.4f}"
-    )
+    plot_probe(probe[1:], run_dir / "probe.png")
+    for row in (probe[0], min(probe[1:], key=lambda row: row["expected_probe"] / row["expected_bayes"])):
+        print(
+            f"[probe] z -> policy, history {row['name']}: {row['probe']:.4f}, Bayes {row['bayes']:.4f}; "
+            f"expected {row['expected_probe']:.4f} of {row['expected_bayes']:.4f}"
+        )
     if args.loss != "moa":
-        some = torch.from_numpy(index[:: max(1, len(index) // 6)][:6]).to(device)
+        every = max(1, len(index) // 6)
+        some = torch.from_numpy(index[::every][:6]).to(device)
         goal = torch.minimum(some + args.horizon, samples.last[some]) if args.model == "cvae" else some
-        decoded = model.decoder(torch.from_numpy(z[:: max(1, len(index) // 6)][:6]).to(device))
-        decoded = decoded.sigmoid() if extras["recon_kind"] == "bce" else decoded
-        field = dataset.observations if args.input == "obs" else dataset.states
-        at = (samples.rows[goal.cpu()].numpy(), samples.seats[goal.cpu()].numpy())
-        truth = field[at] if args.input == "obs" else field[at[0]]
-        scale = 1.0 if spec["max_cells"] else spec["scale"]
-        plot_reconstructions(truth * scale, decoded.cpu().numpy().reshape(truth.shape), run_dir / "reconstructions.png")
+        rows, seats = samples.rows[goal.cpu()].numpy(), samples.seats[goal.cpu()].numpy()
+        truth = dataset.observations[rows, seats] if args.input == "obs" else dataset.states[rows]
+        truth = truth * (1.0 if spec["max_cells"] else spec["scale"])
+        decoded = model.decoder(z[::every][:6]).view(truth.shape)
+        decoded = decoded.sigmoid() if recon_kind == "bce" else decoded
+        plot_reconstructions(truth, decoded.cpu().numpy(), run_dir / "reconstructions.png")
 
     # ---- close
     writer.close()

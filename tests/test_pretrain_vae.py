@@ -178,10 +178,14 @@ def test_gaussian_kl_is_the_kl():
     torch.manual_seed(0)
     mu, logvar, mu_p, logvar_p = torch.randn(4, 3, 5)
     q, p = (torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in ((mu, logvar), (mu_p, logvar_p)))
-    expected = torch.distributions.kl_divergence(q, p)
-    torch.testing.assert_close(pv.gaussian_kl(mu, logvar, mu_p, logvar_p), expected)
-    assert pv.free_kl(expected, 0.0) == pytest.approx(expected.mean(0).sum().item())
-    assert pv.free_kl(torch.zeros(3, 5), 0.5) == pytest.approx(2.5)
+    expected = torch.distributions.kl_divergence(q, p).mean(0)  # [Z]
+    assert pv.gaussian_kl((mu, logvar), 0.0, (mu_p, logvar_p)) == pytest.approx(expected.sum().item(), rel=1e-5)
+    floor = expected.median().item()
+    clamped = expected.clamp(min=floor).sum().item()
+    assert pv.gaussian_kl((mu, logvar), floor, (mu_p, logvar_p)) == pytest.approx(clamped, rel=1e-5)
+    standard = torch.distributions.Normal(torch.zeros(3, 5), torch.ones(3, 5))
+    expected = torch.distributions.kl_divergence(q, standard).mean(0).sum().item()
+    assert pv.gaussian_kl((mu, logvar), 0.0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_recon_loss_of_cells_is_that_of_planes(dataset, samples):
@@ -205,7 +209,15 @@ def test_gradients_reach_what_they_should(samples):
     """moa reaches encoder, history and head, not the decoder; with recon the head can not change z."""
     model, teacher = new_model(samples.spec), new_model(samples.spec, "vae", policy_input="z", latent_size=3)
     losses_of(samples, model, teacher, model="cvae")["loss"].backward()
-    for part in (model.encoder, model.gru, model.judge, model.to_who, model.to_latent, model.policy, teacher.decoder):
+    for part in (
+        model.encoder,
+        model.gru,
+        model.imagined,
+        model.to_who,
+        model.to_latent,
+        model.policy,
+        teacher.decoder,
+    ):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     assert model.decoder[0].weight.grad is None
     model = new_model(samples.spec, "vae", loss="recon")
@@ -213,6 +225,36 @@ def test_gradients_reach_what_they_should(samples):
     assert model.policy[0].weight.grad.abs().sum() > 0 and model.to_latent.weight.grad is None
     half = model.encoder.embed.weight.grad.chunk(2, 1)
     assert half[0].abs().sum() == 0 and half[1].abs().sum() > 0
+
+
+def test_belief_and_mixture_loss_by_a_slow_second_implementation(samples):
+    """The belief is Bayes' rule over the imagined policies, step by step; the loss is what it gave to what was done."""
+    model = new_model(samples.spec)
+    torch.nn.init.normal_(model.prior)
+    batch = next(iter(samples.batches(np.flatnonzero(samples.length >= 4)[:3], 10_000, None)))
+    with torch.no_grad():
+        features, _ = model.look(samples.input_of(batch.index))
+        steps = model.step_features(features, samples.actions[batch.index])
+        log_belief = model.belief(model.histories(steps, batch.place))
+        total, belief = 0.0, torch.zeros(pv.IMAGINED)
+        for i, past in enumerate(samples.past[batch.index]):
+            belief = model.prior.softmax(0) if past == 0 else belief * steps[i - 1].exp()
+            belief = belief / belief.sum()
+            torch.testing.assert_close(log_belief[i].exp(), belief)
+            total -= (belief * steps[i].exp()).sum().log().item()
+        probs = model.imagined(features).view(len(features), 7, -1).softmax(1)
+        every = torch.stack([model.step_features(features, torch.full((len(features),), a)) for a in range(7)], 1)
+        torch.testing.assert_close(every.exp(), 0.99 * probs + 0.01 / 7)  # a little of every action
+        torch.testing.assert_close(every.exp().sum(1), torch.ones(len(features), pv.IMAGINED))
+        args, teacher = pv.Args(model="cvae"), new_model(samples.spec, "vae", policy_input="z", latent_size=3)
+        extras = {"symmetries": None, "class_weights": None, "goal_steps": None, "recon_kind": "bce", "kl_coef": 0.0}
+        losses, _ = pv.compute_losses(model, teacher, samples, batch, args, extras)
+        assert losses["mixture_loss"].item() == pytest.approx(total / len(features), rel=1e-4)
+        parts = sum(losses[name] for name in ("moa_loss", "later_moa_loss", "mixture_loss", "teacher_loss"))
+        assert losses["loss"].item() == pytest.approx(parts.item(), rel=1e-5)
+        # With recon nothing may tell z what was done.
+        losses, _ = pv.compute_losses(model, teacher, samples, batch, pv.Args(model="cvae", loss="recon"), extras)
+        assert "mixture_loss" not in losses
 
 
 def test_z_alone_sees_neither_observation_nor_mask(samples):
@@ -295,6 +337,36 @@ def test_scores_by_hand(samples):
     assert table["all", "all"]["cross_entropy"] == pytest.approx(
         -torch.stack([logits[i].log_softmax(0)[a] for i, a in enumerate((0, 3, 3, 3))]).mean().item()
     )
+
+
+def test_probe_by_hand():
+    rng = np.random.default_rng(0)
+    past, policies = np.repeat([0, 1, 2, 3], 50), np.tile([0, 1], 100)
+    z = rng.normal(size=(200, 3))
+    z[past == 1, 0] += 10 * policies[past == 1]  # only here z tells the policy
+    policies[past == 2] = 1  # only this one lasts so long
+    some = past < 3
+    guess = pv.linear_probe(z, past, (z[some], policies[some], past[some]))
+    assert (guess[past == 1] == policies[past == 1]).all() and (guess[past == 2] == 1).all()
+    assert (guess[past == 3] == -1).all()  # nothing to fit it on
+
+
+def test_scores_of_the_probe_by_hand():
+    fake = type("Fake", (), {})()
+    fake.actions = torch.zeros(4, dtype=torch.long)
+    fake.policies, fake.past = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
+    nan, probed = torch.full((4, 2), torch.nan), torch.tensor([0, 0, 1, -1])
+
+    def numbers(posterior, key):
+        rows, _ = pv.score("x", torch.zeros(4, 2), fake, np.arange(4), pv.Ceilings(nan, nan, posterior), "ab", probed)
+        return [row[key] for row in rows if row["kind"] in ("all", "history")]
+
+    posterior = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.45, 0.55], [0.8, 0.2]])
+    assert numbers(posterior, "probe") == [0.625, 0.5, 0.75]  # -1: nothing to fit it on, a coin
+    assert numbers(posterior, "bayes") == [0.75, 1.0, 0.5]
+    assert numbers(posterior, "expected_probe") == pytest.approx([0.5875, 0.65, 0.525])
+    assert numbers(posterior, "expected_bayes") == pytest.approx([0.7125, 0.75, 0.675])
+    assert numbers(nan, "probe")[0] == 0.625 and np.isnan(numbers(nan, "bayes")).all()
 
 
 # --- training
@@ -461,7 +533,7 @@ def test_bad_arguments_are_one_line(data_dir, tmp_path, kwargs, message):
 
 def test_a_foreign_checkpoint_is_one_line(tmp_path):
     torch.save({"format": "other"}, tmp_path / "latest.pt")
-    with pytest.raises(ValueError, match="'other', expected 'pretrain_vae/1'"):
+    with pytest.raises(ValueError, match="'other', expected 'pretrain_vae/2'"):
         pv.load_vae(tmp_path)
 
 
