@@ -1,9 +1,11 @@
-"""What learning costs: hyper_mappo.py end to end beside its environments stepping alone.
+"""End-to-end training speed on pursuit: hyper_mappo.py beside BenchMARL's MAPPO and a CleanRL-style loop.
 
-In one run, in turn, `rounds` times over: genuine pursuit through SuperSuit without learning, training on the same
-(plain and hyper), the batched twin without learning, training on it (plain and hyper). Prints medians and ratios.
+Env-steps per second of rollout, update and logging, the first update (start-up) left out. Sides in turn, each time in
+a process of its own, `rounds` times over; medians. All have the same rollout size, epochs, minibatches and hidden
+layers. Ours steps the batched twin; the others, and `none-genuine` (our plain MAPPO), the genuine env in processes.
 
-    python benchmark/train_speed.py          # 2 cores, 6 minutes
+    python benchmark/train_speed.py --benchmarl-python benchmarl-venv/bin/python     # 2 cores, 20 minutes
+    python benchmark/train_speed.py --sides none delta --rounds 5 --memory-sizes     # only these, no memory check
 """
 
 from __future__ import annotations
@@ -11,70 +13,187 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
+import math
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
+import typing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+
+# Before torch is imported, for this program and all it starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
 import hyper_mappo
-from benchmark.env_speed import batched_step, steps_per_second, supersuit_step
-from envs import default_env_procs, make_vec_env
+from benchmark import cleanrl_style
+from envs import make_vec_env
+
+FORMS = typing.get_args(typing.get_type_hints(hyper_mappo.Args)["hyper"])
+GENUINE = ("benchmarl", "cleanrl-style", "none-genuine")
+CONTROL = ("actor-context",) * hasattr(hyper_mappo.Args, "actor_context")  # --hyper none --actor-context
+SHARED = ("update_epochs", "num_minibatches", "hidden_size", "seed")  # fields of all three programs
+SIDES = (*GENUINE, *FORMS, *CONTROL)
 
 
 @dataclass
 class Args:
-    genuine_envs: int = 8
-    """genuine envs, stepped in as many processes as there are cores"""
-    batched_envs: int = 128
-    """copies in the batched twin"""
+    sides: tuple[str, ...] = SIDES
+    """what to measure: peers, hyper forms, the control actor-context, none-genuine (plain, on the peers' envs)"""
+    benchmarl_python: Path | None = None
+    """interpreter of a virtual environment with benchmark/requirements-benchmarl.txt; None: that side is left out"""
+    num_envs: int = 128
+    """batched envs of our sides"""
+    num_steps: int = 32
+    """env steps of each of them per rollout; the peers' rollouts hold as many env steps in all"""
+    peer_envs: int = 8
+    """genuine envs of the other sides"""
+    update_epochs: int = 4
+    """passes over each rollout, all sides"""
+    num_minibatches: int = 8
+    """minibatches per epoch, all sides"""
+    hidden_size: int = 128
+    """width of the two hidden layers of actor and critic, all sides"""
+    ours: str = "{}"
+    """more hyper_mappo.Args for our sides, as JSON, e.g. '{"num_threads": 2}' or '{"cuda": false}'"""
     updates: int = 8
-    """updates per measurement; the first is start-up and not counted"""
+    """updates per measurement of our sides (at least 2); the first is start-up and not counted"""
+    peer_updates: int = 3
+    """the same for the sides on genuine envs"""
     rounds: int = 3
-    """how often everything is measured; medians are reported"""
+    """how often everything is measured"""
+    memory_sizes: tuple[tuple[int, int], ...] = ((128, 32), (256, 32), (128, 64), (256, 64), (512, 64))
+    """num_envs, num_steps of the memory check; no values: no check"""
     seed: int = 1
     """of envs, networks and actions"""
 
 
-def training_speed(hyper: str, backend: str, num_envs: int, args: Args) -> float:
-    """Env-steps per second of hyper_mappo.py with its defaults: rollout, update and logging."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        flags = hyper_mappo.Args(hyper=hyper, backend=backend, num_envs=num_envs, runs_dir=folder, seed=args.seed)
-        flags.total_timesteps, flags.eval_episodes = args.updates * num_envs * flags.num_steps, 0
-        run_dir = hyper_mappo.main(flags)
+def peak_memory() -> float:
+    """Most memory this process held so far, in bytes: of the GPU where it used one, else resident; nan: unknown."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")  # (getrusage would inherit the parent's peak)
+    return 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else math.nan
+
+
+def train(side: str, fields: dict) -> dict:
+    """One measurement, in a process of its own: env-steps per second, weights, peak memory."""
+    if side == "cleanrl-style":
+        return cleanrl_style.train(cleanrl_style.Args(**fields)) | {"peak": peak_memory()}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_dir = hyper_mappo.main(hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0))
         with open(run_dir / "metrics.csv", newline="") as file:
-            return float(list(csv.DictReader(file))[-1]["charts/SPS"])  # over all updates but the first
+            sps = float(list(csv.DictReader(file))[-1]["charts/SPS"])  # over the last (up to 10) updates, not the first
+    weights = next(line for line in printed.getvalue().splitlines() if line.startswith("weights"))
+    return {"sps": sps, "weights": weights.removeprefix("weights").strip(), "peak": peak_memory()}
+
+
+def in_new_process(side: str, fields: dict) -> dict:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(train, side, fields).result()
+
+
+def train_benchmarl(python: Path | None, fields: dict) -> dict:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    script = Path(__file__).with_name("benchmarl_mappo.py")
+    done = subprocess.run([str(python), str(script), *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script.name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def our_fields(side: str, args: Args, num_envs: int, num_steps: int, updates: int) -> dict:
+    fields = {name: getattr(args, name) for name in SHARED}
+    fields |= {"env_id": "pursuit", "backend": "pettingzoo" if side in GENUINE else "batched"}
+    fields |= {"num_envs": num_envs, "num_steps": num_steps, "total_timesteps": updates * num_envs * num_steps}
+    fields |= {"actor_context": True} if side == "actor-context" else {}
+    return fields | {"hyper": side if side in FORMS else "none"} | json.loads(args.ours)
+
+
+def measure(side: str, args: Args) -> dict:
+    if side not in GENUINE:
+        return in_new_process(side, our_fields(side, args, args.num_envs, args.num_steps, args.updates))
+    num_steps = args.num_envs * args.num_steps // args.peer_envs
+    if side == "none-genuine":
+        return in_new_process(side, our_fields(side, args, args.peer_envs, num_steps, args.peer_updates))
+    fields = {"num_envs": args.peer_envs, "num_steps": num_steps, "updates": args.peer_updates}
+    fields |= {name: getattr(args, name) for name in SHARED}
+    if side == "benchmarl":
+        return train_benchmarl(args.benchmarl_python, fields)
+    return in_new_process(side, fields | {"num_cpus": os.cpu_count()})
+
+
+def multiplications(side: str, args: Args) -> float:
+    """Multiply-adds per agent sample as hyper_mappo.py counts them; nan: on the genuine env, or not counted."""
+    if side in GENUINE or not hasattr(hyper_mappo, "count_multiplications"):
+        return math.nan
+    spec = hyper_mappo.env_spec(make_vec_env("pursuit", 1, torch.device("cpu"), args.seed, "batched"))
+    return hyper_mappo.count_multiplications(spec, hyper_mappo.Args(**our_fields(side, args, 1, 1, 1)))
+
+
+def print_table(results: dict[str, list[dict]], args: Args) -> None:
+    def ratio(above: str, below: str) -> float:
+        """Median over rounds of the ratio of speeds within a round."""
+        runs = zip(results.get(above, []), results.get(below, []), strict=False)
+        return statistics.median([a["sps"] / b["sps"] for a, b in runs] or [math.nan])
+
+    print(f"\nmedians of {args.rounds} rounds; time, counted multiplications: beside `none`; memory: no env processes")
+    titles = "x BenchMARL", "x CleanRL-style", "time", "counted", "time/counted", "peak MB", "weights"
+    print(f"{'':15}{'env-steps/s':>12}{'':22}" + "".join(f"{title:>{len(title) + 2}}" for title in titles))
+    for side, runs in results.items():
+        speeds = sorted(run["sps"] for run in runs)
+        spread = f" ({speeds[0]:,.0f} ... {speeds[-1]:,.0f})"
+        time, counted = ratio("none", side), multiplications(side, args) / multiplications("none", args)
+        cells = [ratio(side, "benchmarl"), ratio(side, "cleanrl-style"), time, counted, time / counted]
+        texts = ["-" if math.isnan(x) else f"{x:,.2f}" for x in cells]
+        texts.append(f"{max(run['peak'] for run in runs) / 1e6:,.0f}")
+        line = "".join(f"{text:>{len(title) + 2}}" for text, title in zip(texts, titles, strict=False))
+        print(f"{side:15}{statistics.median(speeds):12,.0f}{spread:22}{line}  {runs[0]['weights']}")
+
+
+def check_memory(side: str, args: Args) -> None:
+    """Peak memory at several sizes, and the straight line through it: base + bytes x num_envs x num_steps."""
+    runs = [in_new_process(side, our_fields(side, args, n, t, updates=2)) for n, t in args.memory_sizes]
+    peaks, samples = [run["peak"] for run in runs], [n * t for n, t in args.memory_sizes]
+    slope, base = statistics.linear_regression(samples, peaks)
+    line = [base + slope * x for x in samples]
+    print(f"\npeak memory of {side} at num_envs x num_steps, MB: measured, on a straight line")
+    for (n, t), peak, fitted in zip(args.memory_sizes, peaks, line, strict=True):
+        print(f"{n:8d} x {t:<5d}{peak / 1e6:10,.0f}{fitted / 1e6:10,.0f}")
+    print(f"{base / 1e6:,.0f} MB + {slope:,.0f} bytes per env step of the rollout ({slope / 8:,.0f} per agent sample);")
+    error = max(abs(peak - fitted) for peak, fitted in zip(peaks, line, strict=True))
+    print(f"largest distance from the line: {error / (max(peaks) - min(peaks)):.1%} of the growth")
 
 
 def main(args: Args) -> None:
-    cpu = torch.device("cpu")
-    procs = max(1, default_env_procs(args.genuine_envs))
-    supersuit, close = supersuit_step("pursuit", args.genuine_envs, procs, args.seed)
-    twin = batched_step(make_vec_env("pursuit", args.batched_envs, cpu, args.seed), args.seed)
-    sides = {
-        f"SuperSuit alone, {args.genuine_envs} envs in {procs} processes": lambda: steps_per_second(
-            supersuit, args.genuine_envs, 10.0, cpu
-        ),
-        "training on it, --hyper none": lambda: training_speed("none", "pettingzoo", args.genuine_envs, args),
-        "training on it, --hyper delta": lambda: training_speed("delta", "pettingzoo", args.genuine_envs, args),
-        f"batched twin alone, {args.batched_envs} envs": lambda: steps_per_second(twin, args.batched_envs, 3.0, cpu),
-        "training on the twin, --hyper none": lambda: training_speed("none", "batched", args.batched_envs, args),
-        "training on the twin, --hyper delta": lambda: training_speed("delta", "batched", args.batched_envs, args),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(args.rounds):
-        for name, measure in sides.items():
-            speeds[name].append(measure())
-    close()
-    base = speeds[next(iter(sides))]
-    print(f"{'':46s} env-steps/s   ratio to SuperSuit alone (median of {args.rounds} rounds)")
-    for name, values in speeds.items():
-        ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
-        print(f"{name:46s} {statistics.median(values):11,.0f}   {ratio:.2f}")
+    unknown = ", ".join(side for side in args.sides if side not in SIDES)
+    if unknown or min(args.updates, args.peer_updates) < 2:
+        what = f"unknown side {unknown}: choose from {', '.join(SIDES)}" if unknown else "give at least 2 updates"
+        print(f"error: {what}", file=sys.stderr)
+        sys.exit(2)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}, seed {args.seed}")
+    print(f"rollout  {args.num_envs} x {args.num_steps} env steps, as many on {args.peer_envs} genuine envs")
+    print(f"update   {args.update_epochs} epochs x {args.num_minibatches} minibatches; MLPs 2 x {args.hidden_size}")
+    results: dict[str, list[dict]] = {side: [] for side in args.sides}
+    if args.benchmarl_python is None and results.pop("benchmarl", None) is not None:
+        print("benchmarl left out: install benchmark/requirements-benchmarl.txt in a venv, give --benchmarl-python")
+    for i in range(args.rounds):
+        for side, runs in results.items():
+            runs.append(measure(side, args))
+            print(f"round {i + 1}  {side:15}{runs[-1]['sps']:12,.0f} env-steps/s", flush=True)
+    print_table(results, args)
+    for side in ("none", hyper_mappo.Args.hyper):
+        if args.memory_sizes and side in results:
+            check_memory(side, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""BenchMARL's MAPPO on genuine pursuit, for benchmark/train_speed.py: needs a virtual environment of its own.
+
+Everything is BenchMARL's: its collector with one process for each env, its loss, its training loop, its csv log.
+Only pursuit is added (it comes without), as its documentation says new tasks are. The last line printed is JSON.
+
+    python -m venv benchmarl-venv
+    benchmarl-venv/bin/pip install -r benchmark/requirements-benchmarl.txt
+    benchmarl-venv/bin/python benchmark/benchmarl_mappo.py     # 2 cores, 2 minutes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+# Before torch is imported, as for all sides: waiting threads that spin take the cores from the env processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display needed
+
+import torch
+import tyro
+from benchmarl.algorithms import MappoConfig
+from benchmarl.environments.pettingzoo.common import PettingZooClass
+from benchmarl.experiment import Callback, Experiment, ExperimentConfig
+from benchmarl.models.mlp import MlpConfig
+from pettingzoo.sisl import pursuit_v5
+from torchrl.envs import EnvBase, PettingZooWrapper
+
+
+@dataclass
+class Args:
+    num_envs: int = 8
+    """genuine envs, each in a process of its own"""
+    num_steps: int = 512
+    """env steps of each env per update"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    num_minibatches: int = 8
+    """minibatches per epoch"""
+    hidden_size: int = 128
+    """width of the two hidden layers of actor and critic"""
+    updates: int = 3
+    """updates; the first is start-up and not counted"""
+    num_threads: int | None = None
+    """CPU threads of one PyTorch operation in the training process; None: what BenchMARL makes of it"""
+    device: str = "cpu"
+    """where actor and critic are trained; rollouts run on the CPU, beside the envs"""
+    seed: int = 1
+    """of envs, networks and actions"""
+
+
+class Pursuit(PettingZooClass):
+    """Pursuit with its state, so that the critic sees what ours sees: [16, 16, 3]."""
+
+    def get_env_fun(
+        self, num_envs: int, continuous_actions: bool, seed: int | None, device: str
+    ) -> Callable[[], EnvBase]:
+        return lambda: PettingZooWrapper(
+            pursuit_v5.parallel_env(**self.config),
+            categorical_actions=True,
+            device=device,
+            seed=seed,
+            return_state=True,
+        )
+
+    def supports_discrete_actions(self) -> bool:
+        return True
+
+    def has_state(self) -> bool:
+        return True
+
+
+class Clock(Callback):
+    """The time after each update. From one to the next lie rollout, update and logging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def on_train_end(self, training_td: object, group: str) -> None:
+        self.times.append(time.perf_counter())
+
+
+def train(args: Args) -> dict:
+    """-> env-steps per second over all updates but the first, and what was compared."""
+    batch_size = args.num_envs * args.num_steps
+    config = ExperimentConfig.get_from_yaml()
+    config.sampling_device, config.train_device, config.buffer_device = "cpu", args.device, args.device
+    config.parallel_collection, config.share_policy_params = True, True
+    config.on_policy_n_envs_per_worker = args.num_envs
+    config.on_policy_collected_frames_per_batch = batch_size
+    config.on_policy_n_minibatch_iters = args.update_epochs
+    config.on_policy_minibatch_size = batch_size // args.num_minibatches
+    config.max_n_iters, config.max_n_frames = args.updates, None
+    config.lr, config.clip_grad_val = 5e-4, 0.5
+    config.evaluation, config.render, config.loggers, config.create_json = False, False, ["csv"], False
+    algorithm = MappoConfig.get_from_yaml()
+    algorithm.entropy_coef, algorithm.lmbda = 0.01, 0.95
+    # num_feature_dims: observations [7, 7, 3] and states [16, 16, 3] are flattened
+    sizes = [args.hidden_size, args.hidden_size]
+    model = MlpConfig(num_cells=sizes, layer_class=torch.nn.Linear, activation_class=torch.nn.ReLU, num_feature_dims=3)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_folder = folder
+        experiment = Experiment(
+            task=Pursuit("PURSUIT", {"max_cycles": 500}),
+            algorithm_config=algorithm,
+            model_config=model,
+            seed=args.seed,
+            config=config,
+            callbacks=[clock],
+        )
+        if args.num_threads is not None:
+            torch.set_num_threads(args.num_threads)
+        experiment.run()
+    (group,) = experiment.losses  # all pursuers are one group
+    loss = experiment.losses[group]
+    networks = {"actor": loss.actor_network_params, "critic": loss.critic_network_params}
+    counts = [f"{name} {sum(p.numel() for p in params.values(True, True)):,}" for name, params in networks.items()]
+    versions = [f"{name} {version(name)}" for name in ("benchmarl", "torchrl", "torch", "pettingzoo")]
+    status = Path("/proc/self/status")
+    peak = 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else float("nan")
+    return {
+        "sps": batch_size * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]),
+        "weights": ", ".join([*counts, *versions]),
+        "peak": peak,  # of this process, in bytes
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(tyro.cli(Args))))
