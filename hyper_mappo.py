@@ -103,9 +103,9 @@ class Args:
     """Adam's learning rate of actor and critic"""
     num_envs: int | None = None
     """environments stepped side by side; None: 128 batched, 8 genuine"""
-    num_steps: int = 32
+    num_steps: int = 64
     """env steps of each env per rollout"""
-    anneal_lr: bool = True
+    anneal_lr: bool = False
     """lower the learning rates linearly to 0"""
     gamma: float = 0.99
     """discount"""
@@ -128,7 +128,7 @@ class Args:
     """the value loss turns linear past this error (in normalised units); None: squared error"""
     value_norm: bool = True
     """the critic predicts returns normalised by their running mean and deviation"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.02
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the value loss"""

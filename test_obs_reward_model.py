@@ -125,7 +125,7 @@ def physics_violations(
 def predict_all(model: Any, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
     """Predictions of V samples in batches: pred_obs and expected_obs [V, *O], pred_rewards [V], pred_dones [V]."""
     parts = []
-    for obs_part, actions_part in zip(obs.split(2048), actions.split(2048), strict=True):
+    for obs_part, actions_part in zip(obs.split(512), actions.split(512), strict=True):
         if hasattr(model, "predict"):
             out = model.predict(obs_part, actions_part)
             parts.append((out["next_obs"], out["expected_obs"], out["reward"], out["done"]))
@@ -375,8 +375,9 @@ def draw_all(
     draw_triplets(out / f"{split}_worst.png", error.argsort(descending=True)[:20].tolist(), batch, pred, spec)
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
     steps = range(1, len(drift) + 1)
-    axes[0].plot(steps, [step[0] for step in drift], ".-", label="exact match")
-    axes[0].set(xlabel="imagined steps", title="open-loop drift, true actions", ylim=(-0.02, 1.02))
+    axes[0].plot(steps, [step[0] for step in drift], ".-")
+    axes[0].set(xlabel="imagined steps", ylabel="exact match (blue)", ylim=(-0.02, 1.02))
+    axes[0].set_title("open-loop drift, true actions")
     twin = axes[0].twinx()
     twin.plot(steps, [max(step[1], 1e-9) for step in drift], "r.-", alpha=0.5)
     twin.set(ylabel="obs MSE (red)", yscale="log")

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from dataset import SPLITS, Dataset, load_dataset, rotate_to_ego
 
-CHECKPOINT_FORMAT = "world_model/1"
+CHECKPOINT_FORMAT = "world_model/2"
 
 
 @dataclass
@@ -99,18 +99,23 @@ class Args:
     """run folder of hyper_mappo.py whose critic gives V, for `--reward-target td`; None: not used"""
     gamma: float = 0.99
     """discount in the td target"""
+    balance_rewards: float | None = None
+    """share of a minibatch that is drawn evenly over who is paid what, so that rare rewards are seen often; in a random
+    game that biases what is likely. None: 0.25 where view and actions determine everything, else 0"""
     rollout_steps: int = 1
     """steps of the self-fed loss: from the second on the model reads its own prediction"""
     latent_tau: float = 0.01
     """step of the target encoder towards the encoder per update, `--loss latent` only"""
     eval_interval: int = 500
     """updates between evaluations on held-out episodes (and saves)"""
+    eval_samples: int | None = 20_000
+    """held-out samples of each kind that an evaluation looks at, drawn once; None: all. The judge looks at more"""
 
 
 # What --resume refuses to change: the network, what it learns, and the order in which it sees the data.
 FIXED_BY_CHECKPOINT = ("data", "seed", "hidden_size", "loss", "obs_head", "joint_action", "reward_head",
-                       "reward_target", "critic", "gamma", "rollout_steps", "batch_size", "max_samples",
-                       "heldout_fraction", "holdout_policies")  # fmt: skip
+                       "reward_target", "critic", "gamma", "balance_rewards", "rollout_steps", "batch_size",
+                       "max_samples", "heldout_fraction", "holdout_policies")  # fmt: skip
 EVAL_TAGS = {"heldout_episodes": "eval", "heldout_policies": "eval_policies"}
 LOSSES = ("obs_loss", "latent_loss", "reward_loss", "done_loss", "mask_loss")
 
@@ -126,6 +131,7 @@ class ObsSpec:
     team     the channel that counts all agents where there is no plane for each; None: there is none
     window   the view is a window that moves with its agent
     hunts    prey channel -> (action that hunts it, hunters needed on its cell)
+    certain  view and joint action determine what comes next
     """
 
     names: tuple[str, ...]
@@ -134,6 +140,7 @@ class ObsSpec:
     team: int | None = None
     window: bool = False
     hunts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    certain: bool = False
 
     @property
     def agent_planes(self) -> list[int]:
@@ -149,8 +156,9 @@ def describe_obs(meta: dict[str, Any]) -> ObsSpec:
     if "stag_hunt" in meta["env_id"]:
         names = ("self", *(f"player i+{k}" for k in players), "blocks", "stags", "hares")
         kinds = ("agent",) * meta["num_agents"] + ("binary",) * 3
+        window = bool(meta["env_kwargs"].get("view"))
         hunts = {"stags": (5, 2), "hares": (6, 1)}
-        return ObsSpec(names, kinds, "plane", window=bool(meta["env_kwargs"].get("view")), hunts=hunts)
+        return ObsSpec(names, kinds, "plane", window=window, hunts=hunts, certain=not window)
     if "pursuit" in meta["env_id"]:
         return ObsSpec(("walls", "pursuers", "evaders"), ("binary", "count", "count"), "centre", team=1, window=True)
     if len(shape) not in (1, 3):
@@ -203,9 +211,12 @@ class WorldModel(nn.Module):
             )
         self.decoder = nn.Sequential(nn.ReLU(), nn.Conv2d(hidden, hidden, 1), nn.ReLU())
         self.decoder.append(nn.Conv2d(hidden, planes * self.levels, 1))
-        num_bins = len(config["reward_bins"]) if config["reward_head"] == "twohot" else 1
-        self.reward_head = nn.Sequential(nn.Linear(3 * hidden, hidden), nn.ReLU(), nn.Linear(hidden, num_bins))
-        self.done_head = nn.Sequential(nn.Linear(3 * hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.num_bins = len(config["reward_bins"]) if config["reward_head"] == "twohot" else 1
+        choices = self.action_dim if config["discrete"] else 1  # one output for each own action
+        summary = 3 * hidden + planes + joint
+        self.reward_head = nn.Sequential(nn.Linear(summary, 2 * hidden), nn.ReLU())
+        self.reward_head.append(nn.Linear(2 * hidden, choices * self.num_bins))
+        self.done_head = nn.Sequential(nn.Linear(summary, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         if config["has_mask"]:  # legality is a function of the observation: read from it, not from the transition
             self.mask_head = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.action_dim))
         self.register_buffer("reward_bins", torch.tensor(config["reward_bins"], dtype=torch.float32))
@@ -276,7 +287,8 @@ class WorldModel(nn.Module):
         x = F.relu(self.move(x))  # [B, D, H, W]
         # Moving is linear in painted actions; the direct path learns it within a few hundred updates, and leaves
         # blocking, hunting and leaving to the layers above.
-        next_z = self.next_latent(x) + self.shift(torch.cat([self.normalise(planes), joint], 1))
+        shown = torch.cat([self.normalise(planes), joint], 1)  # [B, P + J, H, W]
+        next_z = self.next_latent(x) + self.shift(shown)
         if self.spec.window:
             # Agent i's own step moves the whole view: one 3 x 3 kernel per sample, the same for all channels. What
             # comes in at the border is guessed from the whole view (the map's shape tells much of it).
@@ -284,8 +296,14 @@ class WorldModel(nn.Module):
             patches = F.unfold(next_z, 3, padding=1).unflatten(1, (-1, 9))  # [B, D, 9, H * W]
             enters = self.enter(torch.cat([self.normalise(planes).flatten(1), kernel], 1))
             next_z = torch.einsum("bdkc,bk->bdc", patches, kernel).view_as(next_z) + enters.view_as(next_z)
-        summary = torch.cat([self.at_ego(x, planes), x.mean((2, 3)), x.amax((2, 3))], 1)  # [B, 3 * D]
-        out = {"z": z, "next_z": next_z, "reward": self.reward_head(summary), "done": self.done_head(summary)[:, 0]}
+        # What agent i is paid is decided on its cell: who does what there, as it is.
+        summary = [self.at_ego(x, planes), x.mean((2, 3)), x.amax((2, 3)), self.at_ego(shown, planes)]
+        summary = torch.cat(summary, 1)  # [B, 3 * D + P + J]
+        rewards = self.reward_head(summary).view(len(z), -1, self.num_bins)  # [B, n or 1, bins]
+        if self.config["discrete"]:  # what hunting pays must not rub off on moving
+            own = joint_action[:, :1, None].clamp(min=0).expand(-1, -1, self.num_bins)
+            rewards = rewards.gather(1, own)  # [B, 1, bins]
+        out = {"z": z, "next_z": next_z, "reward": rewards[:, 0], "done": self.done_head(summary)[:, 0]}
         out["obs"] = self.decode(z if self.loss == "recon" else next_z)  # [B, P, K, H, W]
         if self.config["has_mask"]:
             out["mask"] = self.mask_head(self.at_ego(F.relu(z), planes))  # [B, n]
@@ -448,6 +466,30 @@ class Samples:
         return torch.where(goes_on, rows + 1, rows), goes_on
 
 
+class Minibatches:
+    """Draws samples uniformly, but the share `balanced` evenly over pairs (what the agent is paid, the most that any
+    agent is paid in that step): to see a hunt is as rare as to take part in one, and must not be taken for it."""
+
+    def __init__(self, rewards: torch.Tensor, pairs: tuple, bins: list[float], balanced: float, size: int, seed: int):
+        """rewards [S, A], pairs (rows [V], seats [V]), size B of a minibatch."""
+        bins = torch.tensor(bins, device=rewards.device)
+        nearest = torch.bucketize(rewards, (bins[1:] + bins[:-1]) / 2)  # [S, A]
+        groups = nearest[pairs] * len(bins) + nearest.amax(1)[pairs[0]]  # [V]
+        self.counts = groups.unique(return_counts=True)[1]  # [groups that occur]
+        self.by_group = groups.argsort()  # [V], group after group
+        self.num_balanced = round(balanced * size)
+        self.num_uniform = size - self.num_balanced
+        self.generator = torch.Generator(rewards.device).manual_seed(seed)
+
+    def draw(self) -> torch.Tensor:
+        """Indices [B] into the V samples."""
+        options = {"generator": self.generator, "device": self.by_group.device}
+        uniform = torch.randint(len(self.by_group), (self.num_uniform,), **options)
+        group = torch.randint(len(self.counts), (self.num_balanced,), **options)
+        inside = (torch.rand(self.num_balanced, **options) * self.counts[group]).long()
+        return torch.cat([uniform, self.by_group[(self.counts.cumsum(0) - self.counts)[group] + inside]])
+
+
 def data_config(dataset: Dataset, train_rows: np.ndarray, args: Args) -> dict[str, Any]:
     """The model's config for this dataset; what is measured in it is measured on the training rows only."""
     meta = dataset.meta
@@ -491,7 +533,7 @@ def data_config(dataset: Dataset, train_rows: np.ndarray, args: Args) -> dict[st
     }
 
 
-def td_targets(dataset: Dataset, run_dir: str, gamma: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def td_targets(dataset: Dataset, samples: Samples, run_dir: str, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
     """r + gamma V(s') of every row and seat [S, A], and where it is known [S, A] bool: not after a truncation, whose
     last state is in no dataset. Raises ValueError where critic and dataset do not fit."""
     import hyper_mappo  # only here: a world model needs no policy code
@@ -502,15 +544,14 @@ def td_targets(dataset: Dataset, run_dir: str, gamma: float, device: torch.devic
             f"the critic in {run_dir} expected states {list(spec['state_shape'])} of {spec['num_agents']} agents, the "
             f"dataset has {meta['state_shape']} of {meta['num_agents']}: give a critic of the same game"
         )
+    device = samples.rewards.device
     critic = hyper_mappo.load_critic(run_dir, device)
     states = torch.from_numpy(np.ascontiguousarray(dataset.states)).to(device)
     with torch.no_grad():
         values = torch.cat([critic(part) for part in states.split(4096)])  # [S, A]
     next_values = torch.cat([values[1:], values[:1]])
-    ends = torch.from_numpy(np.array(dataset.terminations)).to(device)
-    goes_on = torch.from_numpy(np.append(dataset.timesteps[1:] != 0, False)).to(device)[:, None]  # [S, 1]
-    rewards = torch.from_numpy(np.array(dataset.rewards)).to(device)
-    return rewards + gamma * next_values * ~ends, ends | goes_on
+    ends = samples.terminations
+    return samples.rewards + gamma * next_values * ~ends, ends | samples.goes_on[:, None]
 
 
 def losses_of_batch(
@@ -563,7 +604,7 @@ def losses_of_batch(
 # ---------------------------------------------------------------- evaluation, checkpoints
 @torch.no_grad()
 def evaluate(
-    model: WorldModel, samples: Samples, targets: tuple, pairs: tuple, batch_size: int = 4096
+    model: WorldModel, samples: Samples, targets: tuple, pairs: tuple, batch_size: int = 512
 ) -> dict[str, float]:
     """One-step scores on (row, seat) pairs; observations are scored where the agent stays. The judge tells more."""
     sums = torch.zeros(9, dtype=torch.float64, device=pairs[0].device)
@@ -667,8 +708,11 @@ def check_args(args: Args) -> None:
     for name in ("total_updates", "batch_size", "hidden_size", "rollout_steps", "eval_interval"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.max_samples is not None and args.max_samples < 1:
-        raise ValueError(f"--max-samples must be at least 1, got {args.max_samples}; leave it out for all")
+    for name in ("max_samples", "eval_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}; None: all")
+    if args.balance_rewards is not None and not 0 <= args.balance_rewards <= 1:
+        raise ValueError(f"--balance-rewards must lie between 0 and 1, got {args.balance_rewards}")
     if (args.reward_target == "td") != (args.critic is not None):
         raise ValueError("--reward-target td and --critic RUN_DIR belong together: give both or neither")
     if args.loss == "recon" and args.rollout_steps > 1:
@@ -730,9 +774,14 @@ def main(args: Args) -> Path:
     samples = Samples(dataset, device)
     targets = (samples.rewards, torch.ones_like(samples.active))  # what the reward head learns, and where it is known
     if args.reward_target == "td":
-        targets = td_targets(dataset, args.critic, args.gamma, device)
+        targets = td_targets(dataset, samples, args.critic, args.gamma)
     train_pairs = samples.pairs(train_rows)  # rows [V], seats [V]
-    heldout = {name: samples.pairs(dataset.rows_of(splits[name])) for name in SPLITS[1:] if len(splits[name])}
+    heldout = {}
+    for name in SPLITS[1:]:
+        rows, seats = samples.pairs(dataset.rows_of(splits[name]))  # [V], [V]
+        if len(rows):
+            drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))[: args.eval_samples]
+            heldout[name] = rows[drawn], seats[drawn]
     known = targets[1][train_pairs]
     config["reward_bins"] = make_reward_bins(targets[0][train_pairs][known].cpu())
     if checkpoint and (checkpoint["config"] != config or checkpoint["data_meta"] != dataset.meta):
@@ -757,7 +806,11 @@ def main(args: Args) -> Path:
     # ---- seeding
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    generator = torch.Generator(device).manual_seed(args.seed)  # draws the minibatches
+    balanced = args.balance_rewards
+    if balanced is None:
+        balanced = 0.25 if describe_obs(dataset.meta).certain and args.reward_target == "reward" else 0.0
+    bins = config["reward_bins"]
+    minibatches = Minibatches(targets[0], train_pairs, bins, balanced, args.batch_size, args.seed)
 
     # ---- networks
     model = WorldModel(config).to(device)
@@ -766,8 +819,8 @@ def main(args: Args) -> Path:
     no_gpu = " (no CUDA device found)" if args.cuda and device.type == "cpu" else ""
     counts = ", ".join(f"{name} {len(pairs[0]):,}" for name, pairs in heldout.items())
     print(f"run      {run_dir}")
-    print(f"data     {args.data}: {config['env_id']}, {len(train_rows):,} env steps, samples: train "
-          f"{len(train_pairs[0]):,}, {counts}, on {device}{no_gpu}")  # fmt: skip
+    print(f"data     {args.data}: {config['env_id']}, {len(train_rows):,} env steps, {len(train_pairs[0]):,} samples; "
+          f"evaluated on {counts}, on {device}{no_gpu}")  # fmt: skip
     print(f"model    {sum(p.numel() for p in model.parameters()):,} weights, obs head {config['obs_head']}, "
           f"joint action {config['joint_action']}, reward head {config['reward_head']}, loss {args.loss}")  # fmt: skip
 
@@ -778,7 +831,7 @@ def main(args: Args) -> Path:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if target_encoder:
             target_encoder.load_state_dict(checkpoint["target_encoder"])
-        generator.set_state(checkpoint["generator"])
+        minibatches.generator.set_state(checkpoint["generator"])
         first_update, best_score = checkpoint["update"] + 1, checkpoint["best_score"]
     kept = []
     if checkpoint and (run_dir / "metrics.csv").exists():
@@ -799,7 +852,7 @@ def main(args: Args) -> Path:
     for update in range(first_update, args.total_updates + 1):
         remaining = 1 - (update - 1) / args.total_updates if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * remaining * min(1.0, update / 100)
-        mb_inds = torch.randint(len(train_pairs[0]), (args.batch_size,), generator=generator, device=device)
+        mb_inds = minibatches.draw()
         pairs = (train_pairs[0][mb_inds], train_pairs[1][mb_inds])
         losses = losses_of_batch(model, target_encoder, samples, targets, pairs, args.rollout_steps)
         optimizer.zero_grad()
@@ -838,7 +891,7 @@ def main(args: Args) -> Path:
         checkpoint = {"format": CHECKPOINT_FORMAT, "args": asdict(args), "config": config, "update": update}
         checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best_score": best_score}
         checkpoint |= {"target_encoder": target_encoder.state_dict() if target_encoder else None}
-        checkpoint |= {"generator": generator.get_state(), "data_meta": dataset.meta}
+        checkpoint |= {"generator": minibatches.generator.get_state(), "data_meta": dataset.meta}
         save_checkpoint(checkpoint, run_dir / "latest.pt")
         if is_best:
             save_checkpoint(checkpoint, run_dir / "best.pt")

@@ -39,7 +39,7 @@ from envs import make_vec_env
 
 FORMS = typing.get_args(typing.get_type_hints(hyper_mappo.Args)["hyper"])
 GENUINE = ("benchmarl", "cleanrl-style", "none-genuine")
-CONTROL = ("actor-context",) * hasattr(hyper_mappo.Args, "actor_context")  # --hyper none --actor-context
+CONTROL = ("actor-context",)  # --hyper none --actor-context
 SHARED = ("update_epochs", "num_minibatches", "hidden_size", "seed")  # fields of all three programs
 SIDES = (*GENUINE, *FORMS, *CONTROL)
 
@@ -133,7 +133,7 @@ def measure(side: str, args: Args) -> dict:
 
 def multiplications(side: str, args: Args) -> float:
     """Multiply-adds per agent sample as hyper_mappo.py counts them; nan: on the genuine env, or not counted."""
-    if side in GENUINE or not hasattr(hyper_mappo, "count_multiplications"):
+    if side in GENUINE:
         return math.nan
     spec = hyper_mappo.env_spec(make_vec_env("pursuit", 1, torch.device("cpu"), args.seed, "batched"))
     return hyper_mappo.count_multiplications(spec, hyper_mappo.Args(**our_fields(side, args, 1, 1, 1)))

@@ -343,7 +343,7 @@ def test_td_targets_bootstrap_inside_an_episode_and_stop_at_its_ends(hunt, monke
     )
     spec = {"state_shape": (4, 4, 7), "num_agents": 4}
     monkeypatch.setattr(hyper_mappo, "load_checkpoint", lambda run: {"spec": spec})
-    targets, known = wm.td_targets(dataset, "run", 0.5, CPU)
+    targets, known = wm.td_targets(dataset, wm.Samples(dataset, CPU), "run", 0.5)
     for row in range(0, 300):
         last = row + 1 == dataset.num_steps or dataset.timesteps[row + 1] == 0
         for seat in range(4):
@@ -354,7 +354,7 @@ def test_td_targets_bootstrap_inside_an_episode_and_stop_at_its_ends(hunt, monke
                 assert targets[row, seat].item() == pytest.approx(reward + bootstrap)
     spec["state_shape"] = (8, 8, 7)
     with pytest.raises(ValueError, match=r"\[8, 8, 7\].*\[4, 4, 7\]"):
-        wm.td_targets(dataset, "run", 0.5, CPU)
+        wm.td_targets(dataset, wm.Samples(dataset, CPU), "run", 0.5)
 
 
 def test_resume_equals_uninterrupted(hunt, tmp_path):
@@ -382,6 +382,43 @@ def test_same_seed_same_weights_other_seed_others(hunt, tmp_path):
     assert not torch.equal(a["move.weight"], c["move.weight"])
 
 
+def test_minibatches_draw_rare_rewards_as_often_as_common_ones():
+    rewards = torch.zeros(1000, 2)
+    rewards[0] = torch.tensor([5.0, 0.0])  # one step in 1,000 pays 5, and nine pay 1, to the first agent
+    rewards[1:10, 0] = 1
+    rows, seats = torch.arange(1000).repeat_interleave(2), torch.arange(2).repeat(1000)
+    names = {(5.0, 5.0): 0, (0.0, 5.0): 1, (1.0, 1.0): 2, (0.0, 1.0): 3, (0.0, 0.0): 4}  # own, the most anybody gets
+    for balanced, expected in ((1.0, [0.2] * 5), (0.5, [0.1, 0.1, 0.1, 0.1, 0.6]), (0.0, [0, 0, 0, 0, 1.0])):
+        minibatches = wm.Minibatches(rewards, (rows, seats), [0.0, 1.0, 5.0], balanced, 20_000, seed=0)
+        drawn = minibatches.draw()
+        own, most = rewards[rows[drawn], seats[drawn]], rewards[rows[drawn]].amax(1)
+        groups = torch.tensor([names[pair] for pair in zip(own.tolist(), most.tolist(), strict=True)])
+        shares = groups.bincount(minlength=5) / len(drawn)
+        assert len(drawn) == 20_000 and shares.tolist() == pytest.approx(expected, abs=0.015)
+        zero_steps = rows[drawn][groups == 4]
+        assert len(zero_steps.unique()) > 900  # inside a group all samples are drawn
+
+
+def test_what_agent_i_is_paid_is_read_on_its_own_cell():
+    torch.manual_seed(0)
+    model = make_model()
+    planes = torch.zeros(1, 5, 2, 2)
+    planes[0, 0, 0, 0] = planes[0, 1, 1, 1] = planes[0, 3, 0, 0] = 1  # self on a stag, the other one elsewhere
+    shown = []
+    model.reward_head[0].register_forward_hook(lambda layer, inputs, out: shown.append(inputs[0][0, -19:]))
+    model(planes, torch.tensor([[5, 5]]))
+    planes[0, 1] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    model(planes, torch.tensor([[5, 5]]))
+    hunt, rest = [0.0] * 5 + [1.0, 0.0], [0.0] * 7
+    assert shown[0].tolist() == [1, 0, 0, 1, 0] + hunt + rest  # planes, own action, the other's
+    assert shown[1].tolist() == [1, 1, 0, 1, 0] + hunt + hunt
+
+
+def test_an_evaluation_looks_at_no_more_than_eval_samples(hunt, tmp_path, capsys):
+    wm.main(wm.Args(data=str(hunt), runs_dir=str(tmp_path), batch_size=32, total_updates=1, eval_samples=50))
+    assert "evaluated on heldout_episodes 50," in capsys.readouterr().out
+
+
 def test_max_samples_takes_whole_episodes_of_the_training_split(hunt, tmp_path, capsys):
     wm.main(wm.Args(data=str(hunt), runs_dir=str(tmp_path), batch_size=32, total_updates=1, max_samples=500))
     printed = capsys.readouterr().out
@@ -397,6 +434,8 @@ def test_max_samples_takes_whole_episodes_of_the_training_split(hunt, tmp_path, 
         (["--data", "DATA", "--holdout-policies", "nobody"], "'nobody'"),
         (["--data", "DATA", "--holdout-policies", "random", "nearest_stag", "nearest_hare"], "episodes are left"),
         (["--data", "DATA", "--total-updates", "0"], "--total-updates must be at least 1"),
+        (["--data", "DATA", "--eval-samples", "0"], "--eval-samples must be at least 1"),
+        (["--data", "DATA", "--balance-rewards", "1.5"], "between 0 and 1"),
         (["--data", "DATA", "--reward-target", "td"], "belong together"),
         (["--data", "DATA", "--loss", "recon", "--rollout-steps", "2"], "no dynamics"),
         (["--data", "CUT"], "truncated"),
