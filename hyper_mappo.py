@@ -115,7 +115,7 @@ class Args:
     """minibatches per epoch; None: 8 batched, 4 genuine"""
     chunk_length: int | None = None
     """with a context, training sequences are this many consecutive steps (truncated backpropagation through time); must
-    divide num_steps; None: the largest divisor up to 16"""
+    divide num_steps; None: 2 (or 1). Longer ones learn longer memories, but their samples are alike: see the docs"""
     update_epochs: int = 4
     """passes over each rollout"""
     norm_adv: bool = True
@@ -202,7 +202,8 @@ ARCHITECTURE = (
 ).split()
 # What its episodes in flight depend on, too.
 FIXED_BY_CHECKPOINT = [*"env_id env_kwargs backend seed num_envs num_steps partners".split(), *ARCHITECTURE]
-CONTEXT_ONLY = "hyper_context history context_size context_heads subgoals".split()  # without a context they do nothing
+# These do nothing without a context, or without a hypernetwork.
+CONTEXT_ONLY = "hyper_context history context_size context_heads chunk_length subgoals".split()
 HYPER_ONLY = (
     "share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval hyper_learning_rate"
 ).split()
@@ -1150,7 +1151,7 @@ def env_procs(args: Args, backend: str) -> int:
 
 def chunk_length(args: Args) -> int:
     """L, the steps of a training sequence: --chunk-length, or what None stands for."""
-    return args.chunk_length or max(L for L in range(1, 17) if args.num_steps % L == 0)
+    return args.chunk_length or (1 if args.num_steps % 2 else 2)
 
 
 def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:

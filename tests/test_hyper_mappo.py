@@ -587,6 +587,7 @@ def test_tiny_cooperative_envs_are_learnt(tmp_path, env, hyper, optimum):
     # own_number needs no hypernetwork, tell_the_other the attention over agents, remember the history.
     flags = dict(num_envs=16, num_steps=32, num_minibatches=4, hidden_size=32, context_size=32, hyper_basis=4)
     flags |= dict(total_timesteps=40_000, learning_rate=2e-3, hyper_learning_rate=3e-3, eval_episodes=50)
+    flags |= dict(chunk_length=16, anneal_lr=True, ent_coef=0.01)
     run_dir = run(tmp_path, env_id=f"tests.tiny_envs:{env}", hyper=hyper, **flags)
     assert json.loads((run_dir / "eval.json").read_text())["mean_return"] >= 0.95 * optimum
 
@@ -909,7 +910,9 @@ def test_subgoals_join_the_context_and_their_history_follows_episodes(tmp_path, 
         return ppo_loss(actor, critic, mb, args)
 
     monkeypatch.setattr(hyper_mappo, "ppo_loss", spy_loss)
-    flags = dict(num_steps=8, num_minibatches=1, update_epochs=1, total_timesteps=64, subgoals="anywhere")
+    flags = dict(
+        num_steps=8, chunk_length=8, num_minibatches=1, update_epochs=1, total_timesteps=64, subgoals="anywhere"
+    )
     run_dir = run(tmp_path, **flags)  # own_number: episodes of 8 steps, like the rollout
     for z, obs in seen:
         torch.testing.assert_close(z[..., :2], obs[..., :2])
