@@ -97,7 +97,7 @@ class Args:
     num_env_procs: int | None = None
     """worker processes of the pettingzoo backend; 0: none; None: one per CPU core (0 on Windows)"""
 
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 2_500_000
     """env steps to train for, summed over envs (one step of one env moves all its agents)"""
     learning_rate: float = 5e-4
     """Adam's learning rate of actor and critic"""
@@ -168,7 +168,8 @@ class Args:
     match_params: Literal["delta", "full", "last-layer", "low-rank"] | None = None
     """widen the plain actor (--hyper none) to the number of parameters that this form would have"""
     smooth_coef: float = 0.1
-    """weight of the mean squared change of theta between consecutive steps of one episode"""
+    """weight of the mean squared change of theta between consecutive steps of one episode (within training sequences:
+    nothing with --chunk-length 1)"""
     align_coef: float = 0.05
     """weight of KL(target policy || new policy)"""
     target_sync_interval: int = 1
