@@ -210,7 +210,7 @@ def materialised_weights(actor, code):
     alpha, *rest = hyper.coefficients(code)
     for i, layer in enumerate(actor.layers):
         if hyper.form == "last-layer" and i < 2:
-            layers.append((1 + rest[i])[..., None] * with_bias(layer))
+            layers.append(rest[i][..., None] * with_bias(layer))
             continue
         part = 0 if hyper.form == "last-layer" else i
         rows = with_bias(hyper.down[part])
@@ -253,7 +253,14 @@ def test_generated_layers_equal_materialised_weights(flags):
 def test_smoothness_equals_a_loop_written_out(flags):
     actor, _ = random_actor(**flags)
     obs, _, active, starts = random_inputs()
-    _, code, _ = actor(obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    if flags.get("share_delta"):
+        active[:] = True  # with it, who left no longer counts in the mean of the step before
+    hidden, codes, hiddens = torch.zeros(4, 3, actor.hidden_size), [], []
+    for t in range(6):
+        hiddens.append(hidden)
+        _, code, hidden = actor(obs[t : t + 1], None, active[t : t + 1], starts[t : t + 1], hidden)
+        codes.append(code[0])
+    code = torch.stack(codes)
     theta = torch.cat([w.flatten(-2) for w in materialised_weights(actor, code)], dim=-1)  # [T, N, A, P]
     squares, norms = [], []
     for t in range(1, 6):
@@ -264,13 +271,18 @@ def test_smoothness_equals_a_loop_written_out(flags):
                 change = theta[t, n, a] - theta[t - 1, n, a]
                 squares.append((change**2).sum())
                 norms.append(change.norm())
-    assert len(squares) == 5 * 4 * 3 - 3 - 3  # the restart of env 2, and agent 1 of env 0 after it left
+    # but for the restart of env 2, and agent 1 of env 0 after it left
+    assert len(squares) == 5 * 4 * 3 - 3 - (0 if flags.get("share_delta") else 3)
     assert theta.shape[-1] == actor.hyper.num_generated
-    smooth, step_change, delta_norm = smoothness(actor, code, active, starts)
-    torch.testing.assert_close(smooth, torch.stack(squares).mean(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(step_change, torch.stack(norms).mean(), rtol=1e-4, atol=1e-6)
     base = 0.0 if actor.layers[0] is None else torch.cat([with_bias(layer).flatten() for layer in actor.layers])
-    torch.testing.assert_close(delta_norm, (theta - base).norm(dim=-1)[active].mean(), rtol=1e-4, atol=1e-5)
+    sequence = (code[1:], active[1:], starts[1:], hiddens[1])
+    single_steps = [x.flatten(0, 1).unsqueeze(0) for x in sequence[:3]] + [torch.cat(hiddens[1:])]
+    for inputs in (sequence, single_steps):  # one sequence of five steps, or five of one
+        smooth, step_change, delta_norm = smoothness(actor, *inputs)
+        torch.testing.assert_close(smooth, torch.stack(squares).mean(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(step_change, torch.stack(norms).mean(), rtol=1e-4, atol=1e-6)
+        norms_of_delta = (theta - base).norm(dim=-1)[1:][active[1:]]
+        torch.testing.assert_close(delta_norm, norms_of_delta.mean(), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ hypernetwork
