@@ -39,12 +39,13 @@ from tqdm import tqdm
 from dataset import Dataset, load_dataset
 from envs.stag_hunt import HUNT_STAG, MOVES, SCRIPTED, action_probs
 
-CHECKPOINT_FORMAT = "pretrain_vae/2"
+CHECKPOINT_FORMAT = "pretrain_vae/3"
 PREPARE_CHUNK = 16_384  # samples turned into network input at a time
 TINY = 1e-12
 IMAGINED = 32  # policies that could have done what the agent did (cvae)
 FLOOR = 0.01  # share of random actions in them, so that no single step rules one out
 PROBE_SEQUENCES = 8192  # training sequences that the linear probe is fitted on
+FIRST_LOGVAR = -5.0  # z starts with little noise: where noise drowns it, the decoder takes long to find it
 
 
 @dataclass
@@ -102,7 +103,8 @@ class Args:
     learning_rate: float = 1e-2
     """AdamW's learning rate; it falls linearly to 0"""
     weight_decay: float = 0.1
-    """AdamW's decay of the weights; keeps the table of cells from learning single episodes by heart"""
+    """AdamW's decay of the weights, but for the layers next to z; keeps the table of cells from learning single
+    episodes by heart"""
     kl_coef: float = 1e-4
     """weight of the KL divergence of z from its prior (a standard normal; half of a cvae's: the teacher's z of the
     subgoal)"""
@@ -110,7 +112,7 @@ class Args:
     """epochs in which kl_coef rises from 0"""
     free_bits: float = 0.0
     """KL in nats that each dimension of z may have for free"""
-    recon_coef: float = 1e-3
+    recon_coef: float = 1e-2
     """weight of the reconstruction loss (summed over an observation's cells) with --loss both or recon"""
     recon_loss: Literal["auto", "bce", "mse"] = "auto"
     """per-cell cross-entropy or squared error; auto: bce for 0/1 observations"""
@@ -381,7 +383,10 @@ class VAE(nn.Module):
         seen = hidden + 1 + latent if self.sees_obs else latent
         self.policy = nn.Sequential(nn.Linear(seen, hidden), nn.ReLU(), nn.Linear(hidden, self.num_actions))
         size = math.prod(self.spec["shape"])
-        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, size))
+        self.decoder = nn.Sequential(nn.Linear(latent, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, size))
+        if self.model != "vqvae":
+            for layer in [self.to_latent] + ([self.to_who] if self.history_size else []):
+                nn.init.constant_(layer.bias[layer.out_features // 2 :], FIRST_LOGVAR)
 
     def look(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Network input [B, ...] -> features for z and for the policy head (None with policy_input z). [B, D] each"""
@@ -745,6 +750,7 @@ def score(
         numbers["expected_probe"] = torch.where(probed < 0, at_random, expected)
         numbers["bayes"] = top_hits(ceilings.posterior, seated, 1)
         numbers["expected_bayes"] = ceilings.posterior.amax(1)
+    perfect = top_hits(ceilings.seen, actions, 1)
     guess = logits.argmax(1)
     confusion = torch.bincount(actions * num_actions + guess, minlength=num_actions**2).view(num_actions, -1)
     groups = [("all", "all", torch.ones_like(actions, dtype=torch.bool))]
@@ -761,6 +767,7 @@ def score(
                 guessed = confusion[:, int(name)].sum().item()
                 row["precision"] = hits / guessed if guessed else 0.0
                 row["recall"] = hits / int(mine.sum())
+                row["ceiling_recall"] = perfect[mine].mean().item()
                 row["f1"] = 2 * hits / (guessed + int(mine.sum()))
             rows.append(row)
     return rows, confusion
@@ -1034,8 +1041,12 @@ def main(args: Args) -> Path:
     config = {name: getattr(args, name) for name in sizes} | {"spec": spec}
     model = VAE(config).to(device)
     teacher = load_teacher(args, spec, config, device)
-    parameters = list(model.parameters()) + (list(teacher.parameters()) if teacher and not args.teacher else [])
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    trained = nn.ModuleList([model, teacher] if teacher and not args.teacher else [model])
+    decays, free = [], []  # what makes z and what reads it needs large weights to tell one cell from the next
+    for name, parameter in trained.named_parameters():
+        (free if re.search(r"\.(to_latent|to_who|decoder)\.", name) else decays).append(parameter)
+    groups = [{"params": decays}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     extras = {
         "symmetries": None if symmetries is None else tuple(table.to(device) for table in symmetries),
         "class_weights": None if class_weights is None else class_weights.to(device),
@@ -1080,7 +1091,8 @@ def main(args: Args) -> Path:
         progress = tqdm(make_batches(train, args.batch_size, rng), total=num_batches, leave=False, disable=None)
         for i, batch in enumerate(progress):
             done = epoch + min(1.0, i / num_batches)  # epochs
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - done / args.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - done / args.epochs)
             extras["kl_coef"] = args.kl_coef * (min(1.0, done / args.kl_warmup) if args.kl_warmup else 1.0)
             losses, code = compute_losses(model, teacher, samples, batch, args, extras)
             optimizer.zero_grad()

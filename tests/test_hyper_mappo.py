@@ -306,10 +306,11 @@ def test_hypernetwork_starts_at_the_base_actor_and_then_matters(form, history):
 
 
 @pytest.mark.parametrize("context", ["joint", "local", "agent-id"])
+@torch.no_grad()
 def test_full_form_starts_with_a_standard_actors_activation_variance(context):
     torch.manual_seed(0)
     wide = {**spec(num_agents=8), "obs_shape": [100]}
-    obs, T = torch.randn(50, 20, 8, 100), 50
+    obs, T = torch.randn(10, 20, 8, 100), 10
     active, starts = torch.ones(T, 20, 8, dtype=torch.bool), torch.zeros(T, 20, dtype=torch.bool)
     ratios = []
     for seed in range(8):  # the mean over initialisations is what the source promises
@@ -957,11 +958,10 @@ def test_subgoals_of_a_real_pretraining_run(tmp_path, capsys):
     assert "(4, 4, 7)" in error and "8, 8, 7" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [{"hyper": "none"}, {}], ids=str)
-def test_compiled_numbers_are_those_of_eager(tmp_path, flags):
+def test_compiled_numbers_are_those_of_eager(tmp_path):
     if not hyper_mappo.compile_works(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
-    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=4, total_timesteps=32, **flags)
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=4, total_timesteps=32)
     eager, compiled = (metrics(run(tmp_path, str(on), compile=on, **flags)) for on in (False, True))
     for row, other in zip(eager, compiled, strict=True):
         for name in LOSSES:

@@ -227,6 +227,15 @@ def test_gradients_reach_what_they_should(samples):
     assert half[0].abs().sum() == 0 and half[1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("model", ["vae", "cvae"])
+def test_z_starts_with_little_noise(samples, model):
+    """With the noise of a standard normal at the start the decoder took three epochs to notice z at all."""
+    net, index = new_model(samples.spec, model), torch.arange(20)
+    history = torch.zeros(20, net.history_size) if net.history_size else None
+    _, logvar = net.posterior(net.look(samples.input_of(index))[0], history)
+    assert logvar.shape == (20, 6) and (logvar + 5).abs().max() < 1
+
+
 def test_belief_and_mixture_loss_by_a_slow_second_implementation(samples):
     """The belief is Bayes' rule over the imagined policies, step by step; the loss is what it gave to what was done."""
     model = new_model(samples.spec)
@@ -326,13 +335,15 @@ def test_scores_by_hand(samples):
     fake.actions, fake.policies = torch.tensor([0, 3, 3, 3]), torch.tensor([0, 0, 1, 1])
     fake.past = torch.tensor([0, 1, 0, 1])
     nan = torch.full((4, 4), torch.nan)
-    rows, confusion = pv.score("test", logits, fake, np.arange(4), pv.Ceilings(nan, nan, nan), ["a", "b"])
+    seen = torch.eye(4)[[0, 3, 1, 3]]
+    rows, confusion = pv.score("test", logits, fake, np.arange(4), pv.Ceilings(nan, seen, nan), ["a", "b"])
     table = {(row["kind"], row["name"]): row for row in rows}
     assert table["all", "all"]["top1"] == 0.5 and table["all", "all"]["top3"] == 1.0
     assert table["policy", "a"]["top1"] == 0.5 and table["history", "0"]["top1"] == 0.5
     three = table["action", "3"]
     assert (three["precision"], three["recall"], three["f1"]) == (1.0, pytest.approx(1 / 3), pytest.approx(0.5))
     assert table["action", "0"]["precision"] == 0.5
+    assert table["action", "0"]["ceiling_recall"] == 1.0 and three["ceiling_recall"] == pytest.approx(2 / 3)
     assert confusion.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]]
     assert table["all", "all"]["cross_entropy"] == pytest.approx(
         -torch.stack([logits[i].log_softmax(0)[a] for i, a in enumerate((0, 3, 3, 3))]).mean().item()
@@ -533,7 +544,7 @@ def test_bad_arguments_are_one_line(data_dir, tmp_path, kwargs, message):
 
 def test_a_foreign_checkpoint_is_one_line(tmp_path):
     torch.save({"format": "other"}, tmp_path / "latest.pt")
-    with pytest.raises(ValueError, match="'other', expected 'pretrain_vae/2'"):
+    with pytest.raises(ValueError, match="'other', expected 'pretrain_vae/3'"):
         pv.load_vae(tmp_path)
 
 
