@@ -1272,7 +1272,7 @@ def count_multiplications(spec: dict, args: Args) -> int:
 
 def keep_freed_memory() -> None:
     """Tells glibc to hand freed memory to the next tensor instead of to the system, which gives it back page by page
-    and zeroed: that took up to a quarter of an update's time on a CPU. Elsewhere does nothing."""
+    and zeroed: that took a fifth of an update's time on a CPU. Elsewhere does nothing."""
     try:
         libc = ctypes.CDLL(None)
         for option, size in MALLOPT.items():
