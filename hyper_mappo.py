@@ -435,9 +435,11 @@ class HyperNetwork(nn.Module):
         return self.alpha(context) if self.form == "delta" else context
 
     def coefficients(self, code: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A code [..., P] as a; with low-rank a, b; with last-layer (whose code is the context) a, s of each layer"""
+        """A code [..., P] as a; with low-rank a, b; with last-layer (whose code is the context) a, s of each layer.
+        For rank r a and b have each number r times: [..., K*r]"""
         if self.form == "last-layer":
             return self.alpha(code), *(layer(code) for layer in self.scales)
+        code = code.repeat_interleave(self.rank, dim=-1) if self.rank > 1 else code
         return code.chunk(2, dim=-1) if self.form == "low-rank" else (code,)
 
     def apply_layer(
@@ -448,13 +450,12 @@ class HyperNetwork(nn.Module):
         if i < self.first:
             return y * parts[1 + i]
         i -= self.first
-        z = self.down[i](x).unflatten(-1, (self.basis, -1))  # [B, K, r or out]
-        if self.form == "low-rank":
-            z = (z * parts[1].unsqueeze(-1)).sum(1, keepdim=True)  # B(c) x: [B, 1, r]
-        z = z * parts[0].unsqueeze(-1)
+        z = self.down[i](x)  # [B, K * (r or out)]
         if not self.rank:
-            return y + z.sum(1)
-        return y.addmm_(z.flatten(1), self.up[i].T)  # in place: y is ours alone
+            return y + (z.unflatten(-1, (self.basis, -1)) * parts[0].unsqueeze(-1)).sum(1)
+        if self.form == "low-rank":  # B(c) x, K times side by side: sums over K as a product, they are faster so
+            z = (z * parts[1]) @ torch.eye(self.rank, device=x.device).repeat(self.basis, self.basis)
+        return y.addmm_(z * parts[0], self.up[i].T)  # in place: y is ours alone
 
     def squared_norms(self, layers: nn.ModuleList, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Exact squared norms over all weights and biases, from Gram matrices of the B_k instead of the weights.
@@ -463,8 +464,8 @@ class HyperNetwork(nn.Module):
         """
         gram = self.gram()
         if self.form == "low-rank":  # A(c) B(c) = sum_kl a_k b_l U_k V_l is linear in the products a_k b_l
-            a, b = self.coefficients(code)
-            code = (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)  # [T, ..., K*K]
+            (a, b), each = code.chunk(2, dim=-1), torch.eye(self.basis, device=code.device)
+            code = (a @ each.repeat_interleave(self.basis, dim=1)) * (b @ each.repeat(1, self.basis))  # [..., K*K]
         elif self.form == "last-layer":  # everything is linear in [context, 1]: a Gram matrix [C + 1, C + 1] over that
             C = code.shape[-1]
             identity = isinstance(self.alpha, nn.Identity)

@@ -88,6 +88,8 @@ class Args:
     """number of codes (vqvae)"""
     horizon: int = 5
     """the subgoal is one of the agent's next `horizon` observations, and z predicts its actions that far (cvae)"""
+    later_coef: float = 0.25
+    """weight of predicting those later actions (cvae)"""
     subgoal: Literal["first", "random", "value"] = "random"
     """which of them: the next, one at random, or the one of highest value for that agent (needs --critic)"""
     critic: str | None = None
@@ -320,6 +322,27 @@ def make_symmetries(spec: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] |
 # ---------------------------------------------------------------- networks
 
 
+class SumOfRows(torch.autograd.Function):
+    """Sums the rows of a table [R, D] that x [B, P] lists. -> [B, D]
+
+    As EmbeddingBag does, whose gradient sorts all of x first and takes twice as long on a CPU. On a GPU this gradient
+    would not be deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx, table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.num_rows = len(table)
+        return F.embedding_bag(x, table, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        out = grad.new_zeros(ctx.num_rows, grad.shape[1])  # [R, D]
+        for rows in ctx.saved_tensors[0].unbind(1):  # [B]
+            out.index_add_(0, rows, grad)
+        return out, None
+
+
 class ObsEncoder(nn.Module):
     """Network input [B, P] or [B, F] -> `views` separately trained first layers, [B, D] each.
 
@@ -339,8 +362,11 @@ class ObsEncoder(nn.Module):
         self.views = views
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = F.relu(self.embed(x) + self.bias if self.sparse else self.embed(x))  # [B, views * D]
-        return x.chunk(self.views, 1)
+        if self.sparse and x.device.type == "cpu":
+            x = SumOfRows.apply(self.embed.weight, x)  # [B, views * D]
+        else:
+            x = self.embed(x)
+        return F.relu(x + self.bias if self.sparse else x).chunk(self.views, 1)
 
 
 def subgoal_size(latent_size: int) -> int:
@@ -606,7 +632,8 @@ def compute_losses(
     if args.loss != "moa":
         losses["recon_loss"] = recon_loss(model.spec, extras["recon_kind"], model.decoder(z), target)
         loss = loss + args.recon_coef * losses["recon_loss"]
-    for name in ("codebook_loss", "teacher_loss", "later_moa_loss", "mixture_loss"):
+    loss = loss + args.later_coef * losses.get("later_moa_loss", 0.0)
+    for name in ("codebook_loss", "teacher_loss", "mixture_loss"):
         loss = loss + losses.get(name, 0.0)
     return {"loss": loss, **losses}, code
 

@@ -208,6 +208,8 @@ def materialised_weights(actor, code):
     hyper, layers = actor.hyper, []
     K, r = hyper.basis, hyper.rank
     alpha, *rest = hyper.coefficients(code)
+    if r > 1:
+        alpha, rest = alpha[..., ::r], [beta[..., ::r] for beta in rest]
     for i, layer in enumerate(actor.layers):
         if hyper.form == "last-layer" and i < 2:
             layers.append(rest[i][..., None] * with_bias(layer))
