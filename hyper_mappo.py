@@ -473,7 +473,7 @@ class HyperNetwork(nn.Module):
             gram = alpha.T @ gram @ alpha
             for layer, scale in zip(layers[: self.first], self.scales, strict=True):
                 rows = with_bias(layer).square().sum(-1, keepdim=True)  # s_i changes row i by s_i - 1 times that row
-                change = with_bias(scale) - F.one_hot(torch.tensor(C, device=code.device), C + 1)
+                change = torch.cat([scale.weight, scale.bias.unsqueeze(-1) - 1], dim=-1)
                 gram = gram + change.T @ (rows * change)
             code = F.pad(code, (0, 1), value=1.0)
         return quadratic_form(code[1:].detach(), gram.detach()), quadratic_form(code[1:] - code[:-1], gram)
@@ -772,15 +772,14 @@ def compute_gae(
 
 
 def smoothness(
-    actor: Actor, code: torch.Tensor, active: torch.Tensor, starts: torch.Tensor, hidden: torch.Tensor
+    actor: Actor, code: torch.Tensor, before: torch.Tensor, active: torch.Tensor, starts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How much theta changes between consecutive steps of one episode: mean ||change||^2, and without gradient
     mean ||change||, mean ||delta_theta||.
 
-    code [T, N, A, P], active [T, N, A], starts [T, N], hidden [N, A, hidden_size] from before step 0, which holds the
-    context of that time -> three scalars. A step that opens an episode has no predecessor.
+    code [T, N, A, P], before [N, A, P]: that of the step before step 0, active [T, N, A]: whose change counts,
+    starts [T, N] -> three scalars. A step that opens an episode has no predecessor.
     """
-    before = actor.hyper.code(actor.context.previous(hidden, active[0]))
     norms, changes = actor.hyper.squared_norms(actor.layers, torch.cat([before.unsqueeze(0), code]))
     was_active = torch.cat([active[:1], active[:-1]])
     pairs = (active & was_active & ~starts.unsqueeze(-1)).float()  # [T, N, A]
@@ -830,7 +829,8 @@ def ppo_loss(
     loss = pg_loss - args.ent_coef * entropy_bonus + args.vf_coef * v_loss
     smooth_loss = align_kl = delta_norm = step_change = torch.zeros_like(loss)
     if actor.hyper:
-        change, step_change, delta_norm = smoothness(actor, code, mb["learns"], mb["starts"], mb["hidden"][0])
+        before = actor.hyper.code(actor.context.previous(mb["hidden"][0], mb["active"][0]))
+        change, step_change, delta_norm = smoothness(actor, code, before, mb["learns"], mb["starts"])
         smooth_loss = change / actor.hyper.num_generated
         align_kl = masked_mean(kl_divergence(mb["anchor_dists"], dists, actor.discrete), weights)
         loss = loss + args.smooth_coef * smooth_loss + args.align_coef * align_kl
@@ -1190,7 +1190,8 @@ def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
     if args.hyper_rank is not None and args.hyper_rank < (form == "low-rank"):
         raise UsageError(f"--hyper-rank must be at least {int(form == 'low-rank')} with {form}, got {args.hyper_rank}")
     if args.hyper_context == "agent-id":
-        refuse(["history", "share_delta"], "with --hyper-context agent-id, which never changes")
+        constant = [] if args.subgoals else ["chunk_length", "smooth_coef"]
+        refuse(["history", "share_delta", *constant], "with --hyper-context agent-id, which never changes")
     if args.hyper_context == "local":
         refuse(["share_delta"], "with --hyper-context local: it needs all agents' contexts")
     if args.context_size % args.context_heads:

@@ -263,28 +263,44 @@ def test_smoothness_equals_a_loop_written_out(flags):
         _, code, hidden = actor(obs[t : t + 1], None, active[t : t + 1], starts[t : t + 1], hidden)
         codes.append(code[0])
     code = torch.stack(codes)
+    # The first two agents learn, the third is a partner: its changes do not count, but it is part of a shared context.
+    learns = active & (torch.arange(3) < 2)
     theta = torch.cat([w.flatten(-2) for w in materialised_weights(actor, code)], dim=-1)  # [T, N, A, P]
     squares, norms = [], []
     for t in range(1, 6):
         for n in range(4):
             for a in range(3):
-                if starts[t, n] or not active[t, n, a] or not active[t - 1, n, a]:
+                if starts[t, n] or not learns[t, n, a] or not learns[t - 1, n, a]:
                     continue
                 change = theta[t, n, a] - theta[t - 1, n, a]
                 squares.append((change**2).sum())
                 norms.append(change.norm())
     # but for the restart of env 2, and agent 1 of env 0 after it left
-    assert len(squares) == 5 * 4 * 3 - 3 - (0 if flags.get("share_delta") else 3)
+    assert len(squares) == 5 * 4 * 2 - 2 - (0 if flags.get("share_delta") else 3)
     assert theta.shape[-1] == actor.hyper.num_generated
     base = 0.0 if actor.layers[0] is None else torch.cat([with_bias(layer).flatten() for layer in actor.layers])
-    sequence = (code[1:], active[1:], starts[1:], hiddens[1])
-    single_steps = [x.flatten(0, 1).unsqueeze(0) for x in sequence[:3]] + [torch.cat(hiddens[1:])]
-    for inputs in (sequence, single_steps):  # one sequence of five steps, or five of one
-        smooth, step_change, delta_norm = smoothness(actor, *inputs)
+    sequence = [x[1:] for x in (code, active, learns, starts)]
+    single_steps = [x.flatten(0, 1).unsqueeze(0) for x in sequence]
+    # one sequence of five steps, or five of one
+    for inputs, first in ((sequence, hiddens[1]), (single_steps, torch.cat(hiddens[1:]))):
+        codes, present, counted, opened = inputs
+        before = actor.hyper.code(actor.context.previous(first, present[0]))
+        smooth, step_change, delta_norm = smoothness(actor, codes, before, counted, opened)
         torch.testing.assert_close(smooth, torch.stack(squares).mean(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(step_change, torch.stack(norms).mean(), rtol=1e-4, atol=1e-6)
-        norms_of_delta = (theta - base).norm(dim=-1)[1:][active[1:]]
+        norms_of_delta = (theta - base).norm(dim=-1)[1:][learns[1:]]
         torch.testing.assert_close(delta_norm, norms_of_delta.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_partner_is_part_of_the_shared_context_of_the_step_before():
+    actor, args = random_actor(share_delta=True, history="none")
+    mb = {name: x[:1] for name, x in random_minibatch(actor, args).items()}
+    mb["active"], mb["learns"] = torch.ones(1, 4, 3, dtype=torch.bool), (torch.arange(3) < 2).expand(1, 4, 3)
+    mb["starts"] = torch.zeros(1, 4, dtype=torch.bool)
+    _, _, hidden = actor(mb["obs"], mb["action_mask"], mb["active"], mb["starts"], mb["hidden"][0])
+    mb["hidden"] = hidden.detach().unsqueeze(0)  # the step before saw the same: theta does not change
+    _, numbers = ppo_loss(actor, Critic(spec(), args), mb, args)
+    assert numbers[LOSSES.index("hyper/step_change")] < 1e-3 < numbers[LOSSES.index("hyper/delta_norm")]
 
 
 # ------------------------------------------------------------------------------------------ hypernetwork
@@ -1012,6 +1028,7 @@ def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
         (["--hyper", "delta", "--match-params", "full"], "--match-params would do nothing"),
         (["--hyper-context", "local", "--share-delta"], "--share-delta would do nothing"),
         (["--hyper-context", "agent-id", "--history", "lstm"], "--history would do nothing"),
+        (["--hyper-context", "agent-id", "--chunk-length", "4"], "--chunk-length would do nothing"),
         (["--target-sync-interval", "0"], "--target-sync-interval must be at least 1"),
         (["--num-steps", "64", "--chunk-length", "5"], "--chunk-length 5 does not divide"),
         ([*stag_hunt, "--partners", "nearest_stag"], "NAME:SEATS"),
