@@ -30,6 +30,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
@@ -52,7 +53,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import EnvStep, VecEnv, check_env, default_env_procs, make_vec_env, stag_hunt
+from envs import EnvStep, VecEnv, check_env, default_env_procs, make_vec_env, num_cpus, stag_hunt
 
 CHECKPOINT_FORMAT = "hyper_mappo/3"
 PROBE_ENVS = 16  # envs whose first rollout shows how the policy changes from update to update
@@ -80,6 +81,9 @@ class Args:
     """torch.compile the networks and the loss (with CUDA graphs on a GPU), where it works"""
     num_threads: int | None = 1
     """CPU threads of one PyTorch operation; None: PyTorch's choice. The operations are small: more seldom pays"""
+    update_threads: int | None = None
+    """CPU threads that share every minibatch, each computing the gradient of its part; None: 2 where there are as many
+    cores; 1 on a GPU and under torchrun"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases (offline, with a notice, when there is no login)"""
     wandb_project_name: str = "hyper-marl"
@@ -163,9 +167,9 @@ class Args:
     """attention heads over agents"""
     hyper_basis: int | None = None
     """how many learned deltas (full: weight sets) the context mixes; context_size: the plain linear head; None: 16,
-    full 4, low-rank 8"""
+    full and low-rank 4"""
     hyper_rank: int | None = None
-    """rank of a layer's delta (delta: of each one in the mixture, 0: full); None: delta 1, low-rank 2"""
+    """rank of a layer's delta (delta: of each one in the mixture, 0: full); None: delta 1, low-rank 4"""
     hyper_critic: bool = False
     """extension: the critic's weights are made in the same way, from the state"""
     match_params: Literal["delta", "full", "last-layer", "low-rank"] | None = None
@@ -379,8 +383,8 @@ class Context(nn.Module):
 
 def hyper_sizes(args: Args) -> tuple[int, int]:
     """K and r of a form: --hyper-basis and --hyper-rank, or what None stands for."""
-    basis = {"full": 4, "low-rank": 8}.get(args.hyper, 16) if args.hyper_basis is None else args.hyper_basis
-    rank = {"delta": 1, "low-rank": 2}.get(args.hyper, 0) if args.hyper_rank is None else args.hyper_rank
+    basis = (4 if args.hyper in ("full", "low-rank") else 16) if args.hyper_basis is None else args.hyper_basis
+    rank = {"delta": 1, "low-rank": 4}.get(args.hyper, 0) if args.hyper_rank is None else args.hyper_rank
     return basis, rank
 
 
@@ -457,15 +461,19 @@ class HyperNetwork(nn.Module):
             z = (z * parts[1]) @ torch.eye(self.rank, device=x.device).repeat(self.basis, self.basis)
         return y.addmm_(z * parts[0], self.up[i].T)  # in place: y is ours alone
 
-    def squared_norms(self, layers: nn.ModuleList, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def squared_norms(
+        self, layers: nn.ModuleList, code: torch.Tensor, previous: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Exact squared norms over all weights and biases, from Gram matrices of the B_k instead of the weights.
 
-        code [T + 1, ..., P] -> from t = 1 on ||delta_theta_t||^2, ||delta_theta_t - delta_theta_t-1||^2: [T, ...]
+        code [..., P], previous [..., P]: of the step before -> ||delta_theta||^2 (without gradient), ||its change||^2
         """
         gram = self.gram()
         if self.form == "low-rank":  # A(c) B(c) = sum_kl a_k b_l U_k V_l is linear in the products a_k b_l
-            (a, b), each = code.chunk(2, dim=-1), torch.eye(self.basis, device=code.device)
-            code = (a @ each.repeat_interleave(self.basis, dim=1)) * (b @ each.repeat(1, self.basis))  # [..., K*K]
+            each = torch.eye(self.basis, device=code.device)
+            each_a, each_b = each.repeat_interleave(self.basis, dim=1), each.repeat(1, self.basis)
+            pairs = [x.chunk(2, dim=-1) for x in (code, previous)]
+            code, previous = ((a @ each_a) * (b @ each_b) for a, b in pairs)  # [..., K*K]
         elif self.form == "last-layer":  # everything is linear in [context, 1]: a Gram matrix [C + 1, C + 1] over that
             C = code.shape[-1]
             identity = isinstance(self.alpha, nn.Identity)
@@ -475,8 +483,8 @@ class HyperNetwork(nn.Module):
                 rows = with_bias(layer).square().sum(-1, keepdim=True)  # s_i changes row i by s_i - 1 times that row
                 change = torch.cat([scale.weight, scale.bias.unsqueeze(-1) - 1], dim=-1)
                 gram = gram + change.T @ (rows * change)
-            code = F.pad(code, (0, 1), value=1.0)
-        return quadratic_form(code[1:].detach(), gram.detach()), quadratic_form(code[1:] - code[:-1], gram)
+            code, previous = (F.pad(x, (0, 1), value=1.0) for x in (code, previous))
+        return quadratic_form(code.detach(), gram.detach()), quadratic_form(code - previous, gram)
 
     def gram(self) -> torch.Tensor:
         """<B_k, B_l> over all weights and biases: [K, K]; with low-rank <U_k V_l, U_m V_n>: [K*K, K*K]"""
@@ -780,7 +788,8 @@ def smoothness(
     code [T, N, A, P], before [N, A, P]: that of the step before step 0, active [T, N, A]: whose change counts,
     starts [T, N] -> three scalars. A step that opens an episode has no predecessor.
     """
-    norms, changes = actor.hyper.squared_norms(actor.layers, torch.cat([before.unsqueeze(0), code]))
+    previous = torch.stack([before, *code.unbind()[:-1]])  # (slices of code would have zero-filled gradients)
+    norms, changes = actor.hyper.squared_norms(actor.layers, code, previous)
     was_active = torch.cat([active[:1], active[:-1]])
     pairs = (active & was_active & ~starts.unsqueeze(-1)).float()  # [T, N, A]
     step_change = masked_mean(changes.detach().sqrt(), pairs)
@@ -840,6 +849,36 @@ def ppo_loss(
     clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), weights)
     numbers = (pg_loss, v_loss, entropy_bonus, old_approx_kl, approx_kl, clipfrac)
     return loss, torch.stack([*numbers, smooth_loss, align_kl, delta_norm, step_change]).detach()
+
+
+def set_gradients(
+    loss_function: Callable,
+    actor: Actor,
+    critic: Critic,
+    batch: dict[str, torch.Tensor],
+    parts: tuple[torch.Tensor, ...],
+    args: Args,
+    parallel_map: Callable,
+) -> torch.Tensor:
+    """Every parameter's .grad becomes that of the loss over the minibatch: -> numbers of LOSSES.
+
+    parts: indices of the minibatch's sequences in the batch, cut into one part per thread; parallel_map: the threads'.
+    Parts count by their samples that learn, so that PPO's means are those of the whole minibatch; the penalty on
+    changes of theta, whose mean is over pairs of steps, differs a little where more episodes start in one part.
+    """
+    params = [*actor.parameters(), *critic.parameters()]
+    num_samples = batch["learns"][:, torch.cat(parts)].sum().clamp(min=1)
+
+    def gradients(inds: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        mb = {name: x[:, inds] for name, x in batch.items()}
+        share = mb["learns"].sum() / num_samples
+        loss, numbers = loss_function(actor, critic, mb, args)
+        return torch.autograd.grad(share * loss, params, materialize_grads=True), share * numbers
+
+    grads, numbers = zip(*parallel_map(gradients, parts), strict=True)
+    for param, *of_parts in zip(params, *grads, strict=True):
+        param.grad = sum(of_parts)
+    return sum(numbers)
 
 
 def gradient_cosine(actor: Actor, mb: dict[str, torch.Tensor], args: Args) -> torch.Tensor:
@@ -1167,7 +1206,7 @@ def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
         return "--" + name.replace("_", "-")
 
     at_least_1 = "num_envs num_steps num_minibatches update_epochs hidden_size save_every chunk_length hyper_basis "
-    for name in [*at_least_1.split(), "context_size", "context_heads", "target_sync_interval"]:
+    for name in [*at_least_1.split(), "context_size", "context_heads", "target_sync_interval", "update_threads"]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"{flag(name)} must be at least 1, got {value}")
@@ -1373,6 +1412,9 @@ def main(args: Args) -> Path:
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     keep_freed_memory()
+    num_threads = args.update_threads or (min(2, num_cpus()) if device.type == "cpu" and world_size == 1 else 1)
+    threads = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
+    parallel_map = threads.map if num_threads > 1 else map
     if world_size > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1399,7 +1441,7 @@ def main(args: Args) -> Path:
     groups = [{"params": base_params + list(critic.parameters()), "initial_lr": args.learning_rate}]
     if hyper_params:
         groups.append({"params": hyper_params, "initial_lr": args.hyper_learning_rate})
-    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from and checkpoint is None:
         start_from(args, spec, actor, critic, value_norm)
     # What the KL penalty pulls towards; with an interval of 1 it is the policy that acted, whose output is at hand.
@@ -1548,7 +1590,8 @@ def main(args: Args) -> Path:
         metrics: dict[str, float] = {}
         if update % GRADIENT_COSINE_EVERY == 0:
             first_envs = {name: x[:, :PROBE_ENVS] for name, x in batch.items()}
-            metrics["nonstationarity/gradient_cosine"] = gradient_cosine(actor, first_envs, args)
+            with torch.compiler.set_stance("force_eager"):  # compiled functions allow one backward pass only
+                metrics["nonstationarity/gradient_cosine"] = gradient_cosine(actor, first_envs, args)
 
         # -- update: minibatches of sequences [L, S]; where no context needs the order, a sequence is a single step
         S = T * N // L
@@ -1560,10 +1603,8 @@ def main(args: Args) -> Path:
         sums, num_done = torch.zeros(len(LOSSES) + 1, device=device), 0
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(S, device=device).chunk(num_minibatches):
-                mb = {name: x[:, mb_inds] for name, x in batch.items()}
-                loss, numbers = loss_function(actor, critic, mb, args)
-                optimizer.zero_grad()
-                loss.backward()
+                parts = mb_inds.chunk(num_threads)
+                numbers = set_gradients(loss_function, actor, critic, batch, parts, args, parallel_map)
                 average_gradients([*actor.parameters(), *critic.parameters()])
                 grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
                 nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)

@@ -327,9 +327,13 @@ def make_vec_env(
     return PettingZooVecEnv(env_id, num_envs, device, seed, num_env_procs, **env_kwargs)
 
 
+def num_cpus() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_env_procs(num_envs: int) -> int:
     """Worker processes for genuine envs: none on Windows, where each imports torch again, else one per CPU."""
     if sys.platform == "win32":
         return 0
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cpus, num_envs)
+    return min(num_cpus(), num_envs)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from hyper_mappo import (
     mean_var,
     ppo_loss,
     sample_actions,
+    set_gradients,
     smoothness,
 )
 
@@ -102,7 +104,7 @@ def random_minibatch(actor, args, discrete=True):
 def run(tmp_path, name="run", **flags):
     runs_dir = tmp_path / name
     defaults = dict(env_id="tests.tiny_envs:own_number", num_env_procs=0, total_timesteps=64, eval_episodes=0, **TINY)
-    flags = {**defaults, "runs_dir": str(runs_dir), **flags}
+    flags = {**defaults, "update_threads": 1, "runs_dir": str(runs_dir), **flags}
     if flags.get("hyper") == "none":
         unused = hyper_mappo.HYPER_ONLY + ([] if flags.get("actor_context") else hyper_mappo.CONTEXT_ONLY)
         flags = {name: x for name, x in flags.items() if name not in unused}
@@ -502,6 +504,25 @@ def test_inactive_agents_enter_no_mean(hyper):
     torch.testing.assert_close(numbers, numbers_again)
 
 
+@pytest.mark.parametrize("hyper", ["none", "delta"])
+def test_threads_together_compute_the_gradient_of_the_whole_minibatch(hyper):
+    """Parts of different size with different numbers of learners: the penalty on changes alone may differ a little."""
+    actor, args = random_actor(hyper=hyper, smooth_coef=0.0)
+    critic, mb = Critic(spec(), args), random_minibatch(actor, args)
+    mb["learns"] = mb["active"].clone()
+    mb["learns"][1:, :2] = False
+    loss, numbers = ppo_loss(actor, critic, mb, args)
+    params = [*actor.parameters(), *critic.parameters()]
+    expected = torch.autograd.grad(loss, params)
+    shuffled = torch.randperm(4)
+    with ThreadPoolExecutor(3) as threads:
+        for parts, parallel_map in (((shuffled,), map), (shuffled.split([1, 2, 1]), threads.map)):
+            of_parts = set_gradients(ppo_loss, actor, critic, mb, parts, args, parallel_map)
+            for param, grad in zip(params, expected, strict=True):
+                torch.testing.assert_close(param.grad, grad, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(of_parts[:6], numbers[:6], rtol=1e-4, atol=1e-6)
+
+
 def test_value_norm_follows_active_returns():
     torch.manual_seed(0)
     norm = ValueNorm(True, decay=0.9)
@@ -551,7 +572,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(tmp_path, hyper, monke
 
     monkeypatch.setattr(hyper_mappo, "save_checkpoint", copy_third)
     flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, total_timesteps=6 * 32, save_every=3, hyper=hyper)
-    whole = run(tmp_path, "whole", **flags)
+    whole = run(tmp_path, "whole", update_threads=2, **flags)
     assert cli(["--resume", str(halfway)]) == 0
     assert metrics(halfway) == metrics(whole)
     assert len(metrics(whole)) == 6
@@ -976,13 +997,14 @@ def test_subgoals_of_a_real_pretraining_run(tmp_path, capsys):
     assert "(4, 4, 7)" in error and "8, 8, 7" in error and error.count("\n") == 1
 
 
-def test_compiled_numbers_are_those_of_eager(tmp_path):
+def test_compiled_numbers_are_those_of_eager(tmp_path, monkeypatch):
     if not hyper_mappo.compile_works(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(hyper_mappo, "GRADIENT_COSINE_EVERY", 1)  # whose repeated backward passes stay eager
     flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=4, total_timesteps=32)
     eager, compiled = (metrics(run(tmp_path, str(on), compile=on, **flags)) for on in (False, True))
     for row, other in zip(eager, compiled, strict=True):
-        for name in LOSSES:
+        for name in [*LOSSES, "nonstationarity/gradient_cosine"]:
             if row[name]:
                 assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5), name
 
