@@ -104,7 +104,7 @@ class Args:
     num_env_procs: int | None = None
     """worker processes of the pettingzoo backend; 0: none; None: one per CPU core (0 on Windows)"""
 
-    total_timesteps: int = 2_000_000
+    total_timesteps: int = 2_500_000
     """env steps to train for, summed over envs (one step of one env moves all its agents)"""
     learning_rate: float = 5e-4
     """Adam's learning rate of actor and critic"""

@@ -60,6 +60,9 @@ class Args:
     """deterministic CUDA kernels"""
     cuda: bool = True
     """train on the GPU if there is one"""
+    num_threads: int | None = 1
+    """CPU threads of one PyTorch operation; None: PyTorch's choice. The operations are small: more gains little and
+    on busy cores costs much"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases (offline, with a notice, when there is no login)"""
     wandb_project_name: str = "hyper-marl"
@@ -133,7 +136,9 @@ class Args:
 
 
 FIXED_BY_CHECKPOINT = tuple(
-    name for name in Args.__dataclass_fields__ if name not in ("resume", "epochs", "cuda", "track", "memory_limit_mb")
+    name
+    for name in Args.__dataclass_fields__
+    if name not in ("resume", "epochs", "cuda", "num_threads", "track", "memory_limit_mb")
 )
 
 
@@ -1023,6 +1028,8 @@ def main(args: Args) -> Path:
     if first_epoch >= args.epochs:
         raise ValueError(f"{args.resume} has already done {first_epoch} epochs; raise --epochs")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
 
     # ---- data
     dataset = load_dataset(args.data)

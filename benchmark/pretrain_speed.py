@@ -84,6 +84,7 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = describe_input(dataset, "obs")
     train_args = pretrain_vae.Args(data=args.data)
+    torch.set_num_threads(train_args.num_threads)
     sizes = ("model", "loss", "policy_input", "latent_size", "hidden_size", "history_size", "codebook_size")
     config = {name: getattr(train_args, name) for name in sizes} | {"spec": spec}
     extras = {"symmetries": None, "class_weights": None, "goal_steps": None, "recon_kind": "bce"}
