@@ -870,7 +870,7 @@ def set_gradients(
     num_samples = batch["learns"][:, torch.cat(parts)].sum().clamp(min=1)
 
     def gradients(inds: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        mb = {name: x[:, inds] for name, x in batch.items()}
+        mb = {name: x.index_select(1, inds) for name, x in batch.items()}  # (on a CPU 8 times as fast as x[:, inds])
         share = mb["learns"].sum() / num_samples
         loss, numbers = loss_function(actor, critic, mb, args)
         return torch.autograd.grad(share * loss, params, materialize_grads=True), share * numbers

@@ -266,7 +266,7 @@ class Samples:
     def input_of(self, index: torch.Tensor) -> torch.Tensor:
         """Network input of samples [B], of the past or the future too. [B, P] or [B, F]"""
         if self.inputs is not None:
-            return self.inputs[index].long()
+            return self.inputs.index_select(0, index).long()  # (on a CPU 6 times as fast as inputs[index])
         index = index.to(self.rows.device)
         rows, seats = self.rows[index], self.seats[index]
         obs = self.source[rows, seats] if self.spec["input"] == "obs" else self.source[rows]
@@ -562,9 +562,9 @@ def compute_losses(
     extras: "kl_coef" as warmed up, "class_weights" [n] or None, "symmetries" or None, "goal_steps" [M] or None.
     """
     index, place = batch
-    x, actions = samples.input_of(index), samples.actions[index]
-    masks = None if samples.masks is None else samples.masks[index]
-    timesteps, turn = samples.timesteps[index], None
+    x, actions = samples.input_of(index), samples.actions.index_select(0, index)
+    masks = None if samples.masks is None else samples.masks.index_select(0, index)
+    timesteps, turn = samples.timesteps.index_select(0, index), None
     if extras["symmetries"] is not None:
         cells, moves = extras["symmetries"]
         if place is None:
