@@ -104,7 +104,7 @@ class Args:
     num_env_procs: int | None = None
     """worker processes of the pettingzoo backend; 0: none; None: one per CPU core (0 on Windows)"""
 
-    total_timesteps: int = 2_500_000
+    total_timesteps: int = 3_000_000
     """env steps to train for, summed over envs (one step of one env moves all its agents)"""
     learning_rate: float = 5e-4
     """Adam's learning rate of actor and critic"""
@@ -161,7 +161,7 @@ class Args:
     """all agents of an env get the same delta, made from the mean of their contexts"""
     history: Literal["none", "gru", "lstm"] = "gru"
     """what carries the context over time"""
-    context_size: int = 32
+    context_size: int = 16
     """width of the context"""
     context_heads: int = 2
     """attention heads over agents"""
@@ -1412,9 +1412,9 @@ def main(args: Args) -> Path:
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     keep_freed_memory()
-    num_threads = args.update_threads or (min(2, num_cpus()) if device.type == "cpu" and world_size == 1 else 1)
-    threads = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
-    parallel_map = threads.map if num_threads > 1 else map
+    num_parts = args.update_threads or (min(2, num_cpus()) if device.type == "cpu" and world_size == 1 else 1)
+    threads = ThreadPoolExecutor(num_parts, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
+    parallel_map = threads.map if num_parts > 1 else map
     if world_size > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1603,7 +1603,7 @@ def main(args: Args) -> Path:
         sums, num_done = torch.zeros(len(LOSSES) + 1, device=device), 0
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(S, device=device).chunk(num_minibatches):
-                parts = mb_inds.chunk(num_threads)
+                parts = mb_inds.chunk(num_parts)
                 numbers = set_gradients(loss_function, actor, critic, batch, parts, args, parallel_map)
                 average_gradients([*actor.parameters(), *critic.parameters()])
                 grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)

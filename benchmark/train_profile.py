@@ -1,6 +1,7 @@
 """Where hyper_mappo.py's time goes: envs, acting, the update's forward and backward pass, the rest.
 
-Wraps the parts of the training loop with timers and trains for some updates; prints each part's share.
+Wraps the parts of the training loop with timers and trains for some updates; prints each part's share. One thread
+computes the gradients, so that forward and backward passes do not overlap.
 
     python benchmark/train_profile.py --hyper none delta          # 2 minutes on 2 cores
 """
@@ -66,17 +67,18 @@ def profile(hyper: str, args: Args) -> dict[str, float]:
 
     names = ("make_vec_env", "act", "ppo_loss", "compute_gae", "gradient_cosine")
     hyper_mappo_parts = {name: getattr(hyper_mappo, name) for name in names}
-    backward, adam = torch.Tensor.backward, torch.optim.Adam.step
+    backward, adam = torch.autograd.grad, torch.optim.Adam.step
     try:
         hyper_mappo.make_vec_env = make_timed_env
         hyper_mappo.act = timed("acting (forward)", hyper_mappo.act)
         hyper_mappo.ppo_loss = timed("update: forward", hyper_mappo.ppo_loss)
         hyper_mappo.gradient_cosine = timed("gradient cosine", hyper_mappo.gradient_cosine)
         hyper_mappo.compute_gae = timed("GAE", after_rollout)
-        torch.Tensor.backward = timed("update: backward", backward)
+        torch.autograd.grad = timed("update: backward", backward)
         torch.optim.Adam.step = timed("update: Adam", adam)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            flags = hyper_mappo.Args(env_id=args.env_id, hyper=hyper, runs_dir=folder, seed=args.seed, eval_episodes=0)
+            fields = {"env_id": args.env_id, "hyper": hyper, "seed": args.seed, "update_threads": 1}
+            flags = hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0)
             batch = hyper_mappo.check_args(flags)[1] * flags.num_steps
             flags.total_timesteps = args.updates * batch
             start_of_second = time.perf_counter()
@@ -85,7 +87,7 @@ def profile(hyper: str, args: Args) -> dict[str, float]:
     finally:
         for name, function in hyper_mappo_parts.items():
             setattr(hyper_mappo, name, function)
-        torch.Tensor.backward, torch.optim.Adam.step = backward, adam
+        torch.autograd.grad, torch.optim.Adam.step = backward, adam
     return seconds
 
 

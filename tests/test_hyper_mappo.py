@@ -1045,7 +1045,7 @@ def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
         (["--hyper", "full", "--hyper-rank", "2"], "--hyper-rank would do nothing with --hyper full"),
         (["--hyper", "low-rank", "--hyper-rank", "0"], "at least 1"),
         (["--hyper", "none", "--share-delta"], "--share-delta would do nothing"),
-        (["--hyper", "none", "--context-size", "16"], "unless --actor-context"),
+        (["--hyper", "none", "--context-size", "8"], "unless --actor-context"),
         (["--hyper", "delta", "--actor-context"], "--actor-context would do nothing with --hyper delta"),
         (["--hyper", "delta", "--match-params", "full"], "--match-params would do nothing"),
         (["--hyper-context", "local", "--share-delta"], "--share-delta would do nothing"),
