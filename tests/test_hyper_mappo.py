@@ -997,11 +997,12 @@ def test_subgoals_of_a_real_pretraining_run(tmp_path, capsys):
     assert "(4, 4, 7)" in error and "8, 8, 7" in error and error.count("\n") == 1
 
 
-def test_compiled_numbers_are_those_of_eager(tmp_path, monkeypatch):
+@pytest.mark.parametrize("hyper", ["none", "delta"])
+def test_compiled_numbers_are_those_of_eager(tmp_path, monkeypatch, hyper):
     if not hyper_mappo.compile_works(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
     monkeypatch.setattr(hyper_mappo, "GRADIENT_COSINE_EVERY", 1)  # whose repeated backward passes stay eager
-    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=4, total_timesteps=32)
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=4, total_timesteps=32, hyper=hyper)
     eager, compiled = (metrics(run(tmp_path, str(on), compile=on, **flags)) for on in (False, True))
     for row, other in zip(eager, compiled, strict=True):
         for name in [*LOSSES, "nonstationarity/gradient_cosine"]:
