@@ -330,8 +330,8 @@ def make_symmetries(spec: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] |
 class SumOfRows(torch.autograd.Function):
     """Sums the rows of a table [R, D] that x [B, P] lists. -> [B, D]
 
-    As EmbeddingBag does, whose gradient sorts all of x first and takes twice as long on a CPU. On a GPU this gradient
-    would not be deterministic.
+    As EmbeddingBag does, whose gradient takes four times as long on a CPU. Here it is an EmbeddingBag again: the
+    gradient of row r is the sum of those of the samples that list r.
     """
 
     @staticmethod
@@ -342,10 +342,11 @@ class SumOfRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        out = grad.new_zeros(ctx.num_rows, grad.shape[1])  # [R, D]
-        for rows in ctx.saved_tensors[0].unbind(1):  # [B]
-            out.index_add_(0, rows, grad)
-        return out, None
+        (x,) = ctx.saved_tensors
+        rows = x.flatten().numpy().astype(np.min_scalar_type(ctx.num_rows))  # numpy sorts 16 bits ten times as fast
+        samples = torch.from_numpy(rows.argsort(kind="stable")) // x.shape[1]  # [B * P], of row 0 first
+        ends = torch.bincount(x.flatten(), minlength=ctx.num_rows).cumsum(0)  # [R]
+        return F.embedding_bag(samples, grad, F.pad(ends, (1, 0)), mode="sum", include_last_offset=True), None
 
 
 class ObsEncoder(nn.Module):
