@@ -1,12 +1,13 @@
 """One picture from many runs: the episodic return over env steps, a line per group, a band from worst to best seed.
 
-python benchmark/learning_curves.py --by hyper --runs runs/pursuit__* --output docs/img/curves.png
+python benchmark/learning_curves.py --runs runs/pursuit__* --output curves.png
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,19 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hyper_mappo
+
 
 @dataclass
 class Args:
     runs: tuple[Path, ...]
     """run folders"""
-    by: str = "hyper"
-    """flag (a key of args.json) whose values make the groups"""
+    by: tuple[str, ...] = ("hyper", "hyper_context", "actor_context", "share_delta", "match_params")
+    """flags (keys of args.json) whose values make the groups"""
+    window: int = 200_000
+    """a point of a curve is the mean of so many env steps before it"""
     output: Path = Path("curves.png")
     """the picture"""
     title: str = ""
@@ -32,26 +39,41 @@ class Args:
     """cut the curves there, for equal budgets; None: the shortest run's length"""
 
 
+def describe(saved: dict, flags: tuple[str, ...]) -> str:
+    """What a run's flags change of the defaults, as on the command line."""
+    changed = [name for name in flags if saved[name] != getattr(hyper_mappo.Args, name)]
+    return " ".join(f"--{name.replace('_', '-')} {saved[name]}".removesuffix(" True") for name in changed) or "defaults"
+
+
+def moving_mean(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, window: int) -> np.ndarray:
+    """Mean of what was logged in the `window` steps before each point of the grid, at least the last one."""
+    last = np.searchsorted(steps, grid, "right")
+    first = np.minimum(np.searchsorted(steps, grid - window, "right"), last - 1)
+    total = np.append(0.0, returns.cumsum())
+    return (total[last] - total[first]) / (last - first)
+
+
 def main(args: Args) -> None:
     groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for run_dir in args.runs:
         with open(run_dir / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["charts/episodic_return"]]
-        curve = [(int(row["global_step"]), float(row["charts/episodic_return"])) for row in rows]
-        name = str(json.loads((run_dir / "args.json").read_text())[args.by])
-        groups.setdefault(name, []).append(tuple(np.array(curve).T))
-    end = args.max_steps or min(steps[-1] for curves in groups.values() for steps, _ in curves)
-    grid = np.linspace(max(steps[0] for curves in groups.values() for steps, _ in curves), end, 200)
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+        steps, returns = np.array([(int(row["global_step"]), float(row["charts/episodic_return"])) for row in rows]).T
+        name = describe(json.loads((run_dir / "args.json").read_text()), args.by)
+        groups.setdefault(name, []).append((steps, returns))
+    every = [curve for curves in groups.values() for curve in curves]
+    end = args.max_steps or min(int(steps[-1]) for steps, _ in every)
+    grid = np.linspace(max(steps[0] for steps, _ in every), end, 200)
+    figure, axes = plt.subplots(figsize=(8, 4.8))
     for name, curves in sorted(groups.items()):
-        seeds = np.stack([np.interp(grid, steps, returns) for steps, returns in curves])  # [seeds, 200]
-        (line,) = axes.plot(grid, seeds.mean(0), label=f"--{args.by} {name} ({len(curves)} seeds)", linewidth=2)
-        axes.fill_between(grid, seeds.min(0), seeds.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-        last = [float(returns[steps <= end][-3:].mean()) for steps, returns in curves]
-        print(f"--{args.by} {name}: mean of the last 3 points of each seed " + ", ".join(f"{x:.1f}" for x in last))
+        seeds = np.stack([moving_mean(*curve, grid, args.window) for curve in curves])  # [seeds, 200]
+        label = f"{name} ({len(curves)} seeds)" if len(curves) > 1 else name
+        (line,) = axes.plot(grid, seeds.mean(0), label=label, linewidth=2.5 if len(curves) > 1 else 1.2)
+        axes.fill_between(grid, seeds.min(0), seeds.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        print(f"{name}: at {end:,} env steps " + ", ".join(f"{x:.2f}" for x in seeds[:, -1]))
     axes.set(xlabel="env steps", ylabel="episodic return (mean over agents)", title=args.title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     figure.tight_layout()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=130)
