@@ -180,8 +180,8 @@ class Args:
     """weight of KL(target policy || new policy)"""
     target_sync_interval: int = 1
     """updates between refreshes of that target policy; 1: it is the policy that collected the data"""
-    hyper_learning_rate: float = 5e-4
-    """Adam's learning rate of context and hypernetwork"""
+    hyper_learning_rate: float | None = None
+    """Adam's learning rate of context and hypernetwork; None: 5e-4, last-layer 1e-4"""
 
     partners: tuple[str, ...] = ()
     """fixed partners and their number of seats, e.g. nearest_stag:2 runs/RUN_DIR:1; they take the last seats"""
@@ -1440,7 +1440,10 @@ def main(args: Args) -> Path:
     base_params = [p for name, p in actor.named_parameters() if not name.startswith(("context.", "hyper."))]
     groups = [{"params": base_params + list(critic.parameters()), "initial_lr": args.learning_rate}]
     if hyper_params:
-        groups.append({"params": hyper_params, "initial_lr": args.hyper_learning_rate})
+        hyper_rate = args.hyper_learning_rate
+        if hyper_rate is None:  # (K full deltas of the last layer move the logits together, K times as far)
+            hyper_rate = 1e-4 if args.hyper == "last-layer" else 5e-4
+        groups.append({"params": hyper_params, "initial_lr": hyper_rate})
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
     if args.init_from and checkpoint is None:
         start_from(args, spec, actor, critic, value_norm)

@@ -910,6 +910,16 @@ def test_init_from_starts_at_the_saved_policy(tmp_path, capsys):
     assert "is of env" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "hyper, given, rate", [("delta", None, 5e-4), ("last-layer", None, 1e-4), ("delta", 3e-4, 3e-4)]
+)
+def test_hypernetwork_has_a_learning_rate_of_its_own(tmp_path, hyper, given, rate):
+    base, generated = load_checkpoint(run(tmp_path, hyper=hyper, hyper_learning_rate=given))["optimizer"][
+        "param_groups"
+    ]
+    assert base["lr"] == Args.learning_rate and generated["lr"] == rate
+
+
 @pytest.mark.parametrize("interval", [1, 3])
 def test_target_is_refreshed_every_k_updates_exactly(tmp_path, monkeypatch, interval):
     anchors, acted = [], []
