@@ -162,8 +162,9 @@ def plot_summary(dataset: Dataset, path: Path) -> None:
 def main(args: Args) -> Path:
     """Collects; returns the dataset's folder. Raises ValueError, one line, for what the user can put right."""
     # ---- arguments
-    if args.num_steps < 1:
-        raise ValueError(f"--num-steps: expected at least 1, got {args.num_steps}")
+    for name, least in (("num_steps", 1), ("num_envs", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not args.policies or len(set(args.policies)) < len(args.policies):
         raise ValueError(f"--policies: expected different names, at least one, got {' '.join(args.policies) or 'none'}")
     try:

@@ -202,6 +202,21 @@ class Args:
     """run folder whose policy is only evaluated"""
 
 
+# What numbers must be, so that nothing absurd is trained and nothing breaks after hours. (hyper_rank: see check_args)
+LIMITS = {
+    "at least 1": (
+        lambda x: x >= 1,
+        "num_threads update_threads num_envs num_steps num_minibatches chunk_length update_epochs hidden_size "
+        "context_size context_heads hyper_basis target_sync_interval save_every total_timesteps",
+    ),
+    "at least 0": (
+        lambda x: 0 <= x < math.inf,
+        "num_env_procs eval_episodes learning_rate hyper_learning_rate ent_coef vf_coef smooth_coef align_coef",
+    ),
+    "more than 0": (lambda x: 0 < x < math.inf, "clip_coef huber_delta max_grad_norm target_kl"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma gae_lambda"),
+    "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
+}
 # What a run's weights depend on: --resume and --init-from refuse to change these.
 ARCHITECTURE = (
     "hidden_size agent_id value_norm hyper hyper_context actor_context share_delta history context_size context_heads "
@@ -1196,6 +1211,19 @@ def env_procs(args: Args, backend: str) -> int:
     return default_env_procs(args.num_envs or 8) if args.num_env_procs is None else args.num_env_procs
 
 
+# --- same in: pretrain_vae.py, test_obs_reward_model.py, world_model.py [limits] ---
+def check_limits(args: Args) -> None:
+    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
+    for limit, (holds, names) in LIMITS.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+
+
+# --- end [limits] ---
+
+
 def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
     """Everything that can be wrong before an env is made: UsageError in one line.
 
@@ -1205,11 +1233,10 @@ def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
 
-    at_least_1 = "num_envs num_steps num_minibatches update_epochs hidden_size save_every chunk_length hyper_basis "
-    for name in [*at_least_1.split(), "context_size", "context_heads", "target_sync_interval", "update_threads"]:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{flag(name)} must be at least 1, got {value}")
+    try:
+        check_limits(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
     def refuse(names: list[str], why: str) -> None:
         given = [flag(name) for name in names if getattr(args, name) != getattr(Args, name)]
@@ -1715,6 +1742,7 @@ def cli(argv: list[str] | None = None) -> int:
                         f"{getattr(saved, name)}: leave it out, or start a new run"
                     )
         if args.evaluate:
+            check_args(args)
             device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
             evaluate_run(load_policy(args.evaluate, device).actor, args, Path(args.evaluate), device)
         else:

@@ -135,6 +135,18 @@ class Args:
     """run folder to continue; flags given beside it must not change what is trained"""
 
 
+# What numbers must be. (heldout_fraction: see the dataset's split)
+LIMITS = {
+    "at least 1": (
+        lambda x: x >= 1,
+        "num_threads latent_size hidden_size history_size codebook_size horizon epochs batch_size",
+    ),
+    "at least 0": (
+        lambda x: 0 <= x < math.inf,
+        "learning_rate weight_decay kl_coef kl_warmup free_bits recon_coef later_coef memory_limit_mb",
+    ),
+    "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
+}
 FIXED_BY_CHECKPOINT = tuple(
     name
     for name in Args.__dataclass_fields__
@@ -969,13 +981,24 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> VAE:
     return model.requires_grad_(False).eval()
 
 
+# --- same in: hyper_mappo.py, test_obs_reward_model.py, world_model.py [limits] ---
+def check_limits(args: Args) -> None:
+    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
+    for limit, (holds, names) in LIMITS.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+
+
+# --- end [limits] ---
+
+
 def check_args(args: Args) -> None:
     """Everything that can be wrong before the data is read: ValueError in one line."""
     if not args.data:
         raise ValueError("--data: expected a dataset folder, got none; make one with collect_data.py")
-    for name in ("latent_size", "hidden_size", "history_size", "codebook_size", "horizon", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    check_limits(args)
     if (args.subgoal == "value") != (args.critic is not None):
         raise ValueError("--subgoal value and --critic RUN_DIR: expected both or none, got one; add or drop the other")
     if args.model != "cvae" and (args.teacher or args.critic):

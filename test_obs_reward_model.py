@@ -65,6 +65,14 @@ class Args:
     """if set, a GPU is used where there is one"""
 
 
+# What numbers must be.
+LIMITS = {
+    "at least 0": (lambda x: x >= 0, "max_samples drift_episodes resimulate"),
+    "at least 1": (lambda x: x >= 1, "num_pictures"),
+    "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
+}
+
+
 # ---------------------------------------------------------------- floors
 class CopyLast:
     """Nothing ever changes, pays or ends."""
@@ -521,9 +529,23 @@ def judge(model: Any, dataset: Dataset, episodes: np.ndarray, args: Args, device
     return {"result": result, "floors": floors, "drift": drift, "batch": batch, "pred": pred, "spec": spec}
 
 
+# --- same in: hyper_mappo.py, pretrain_vae.py, world_model.py [limits] ---
+def check_limits(args: Args) -> None:
+    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
+    for limit, (holds, names) in LIMITS.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+
+
+# --- end [limits] ---
+
+
 def main(args: Args) -> int:
     """Judges; returns the exit code. ValueError: unusable arguments or data."""
     # ---- arguments
+    check_limits(args)
     if (args.checkpoint is None) == (args.model is None):
         raise ValueError("expected either --checkpoint RUN_DIR or --model package.module:factory: give exactly one")
     limits = {}

@@ -112,6 +112,17 @@ class Args:
     """held-out samples of each kind that an evaluation looks at, drawn once; None: all. The judge looks at more"""
 
 
+# What numbers must be. (heldout_fraction: see the dataset's split)
+LIMITS = {
+    "at least 1": (
+        lambda x: x >= 1,
+        "total_updates batch_size hidden_size rollout_steps eval_interval max_samples eval_samples",
+    ),
+    "at least 0": (lambda x: 0 <= x < math.inf, "learning_rate"),
+    "more than 0": (lambda x: 0 < x < math.inf, "max_grad_norm"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma balance_rewards latent_tau"),
+    "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
+}
 # What --resume refuses to change: the network, what it learns, and the order in which it sees the data.
 FIXED_BY_CHECKPOINT = ("data", "seed", "hidden_size", "loss", "obs_head", "joint_action", "reward_head",
                        "reward_target", "critic", "gamma", "balance_rewards", "rollout_steps", "batch_size",
@@ -701,18 +712,24 @@ def plot_curves(run_dir: Path) -> None:
 
 
 # ---------------------------------------------------------------- small parts
+# --- same in: hyper_mappo.py, pretrain_vae.py, test_obs_reward_model.py [limits] ---
+def check_limits(args: Args) -> None:
+    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
+    for limit, (holds, names) in LIMITS.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+
+
+# --- end [limits] ---
+
+
 def check_args(args: Args) -> None:
     """What can be wrong before the data is read: ValueError in one line."""
     if not args.data:
         raise ValueError("--data expected a dataset folder, got none: make one with collect_data.py")
-    for name in ("total_updates", "batch_size", "hidden_size", "rollout_steps", "eval_interval"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("max_samples", "eval_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}; None: all")
-    if args.balance_rewards is not None and not 0 <= args.balance_rewards <= 1:
-        raise ValueError(f"--balance-rewards must lie between 0 and 1, got {args.balance_rewards}")
+    check_limits(args)
     if (args.reward_target == "td") != (args.critic is not None):
         raise ValueError("--reward-target td and --critic RUN_DIR belong together: give both or neither")
     if args.loss == "recon" and args.rollout_steps > 1:

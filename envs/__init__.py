@@ -285,7 +285,9 @@ def check_env(env_id: str, backend: str = "auto", env_kwargs: dict[str, Any] | N
 
     if backend not in BACKENDS:
         raise ValueError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}: choose one of them")
-    env_kwargs = env_kwargs or {}
+    env_kwargs = {} if env_kwargs is None else env_kwargs
+    if not isinstance(env_kwargs, dict):
+        raise ValueError(f"expected the env's arguments by name (in JSON an object), got {env_kwargs!r}: name them")
     twin = _batched_twin(env_id)
     if twin is None and backend == "batched":
         raise ValueError(f"expected an env that has a batched form, got {env_id!r}: use --backend pettingzoo")

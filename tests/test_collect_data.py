@@ -141,8 +141,10 @@ def test_pursuit_and_the_genuine_env(tmp_path):
         ({"policies": ()}, "at least one"),
         ({"policies": ("random", "random")}, "different names"),
         ({"num_steps": 0}, "at least 1"),
-        ({"num_envs": 0}, "num_envs"),
+        ({"num_envs": 0}, "--num-envs must be at least 1"),
         ({"env_kwargs": "{max_cycles: 5}"}, "JSON"),
+        ({"env_kwargs": "[5]"}, "by name"),
+        ({"seed": -1}, "--seed must be at least 0"),
         ({"env_id": "stag_haunt"}, "stag_hunt"),
     ],
 )

@@ -735,7 +735,14 @@ BAD_ARGUMENTS = {
     "env kwargs no JSON": (["--env-kwargs", "n_evaders=3"], "JSON"),
     "minibatches": (["--num-envs", "8", "--num-minibatches", "3"], "does not divide"),
     "zero updates": (["--total-timesteps", "100"], "no update"),
+    "env kwargs no object": (["--env-kwargs", "[3]"], "by name"),
     "num_envs": (["--num-envs", "0"], "at least 1"),
+    "eval episodes": (["--eval-episodes", "-1"], "--eval-episodes must be at least 0, got -1"),
+    "seed": (["--seed", "-5"], "--seed must be from 0 to 2147483647, got -5"),
+    "learning rate": (["--learning-rate", "nan"], "--learning-rate must be at least 0, got nan"),
+    "max grad norm": (["--max-grad-norm", "0"], "--max-grad-norm must be more than 0, got 0.0"),
+    "gamma": (["--gamma", "1.5"], "--gamma must be from 0 to 1, got 1.5"),
+    "no heads": (["--context-heads", "0"], "--context-heads must be at least 1, got 0"),
     "hyper flag without hypernetwork": (["--hyper", "none", "--hyper-basis", "2"], "--hyper-basis would do nothing"),
     "heads": (["--context-size", "31"], "multiple"),
     "missing run": (["--resume", "no/such/run"], "no checkpoint"),
@@ -767,6 +774,7 @@ def test_bad_checkpoints_end_in_one_line(tmp_path, capsys):
         (["--resume", str(cut)], "not a readable checkpoint"),
         ([*finished, "--hidden-size", "32"], "--hidden-size 32 contradicts"),
         (finished, "raise --total-timesteps"),
+        (["--evaluate", str(run_dir), "--eval-episodes", "-1"], "--eval-episodes must be at least 0"),
     ]:
         assert cli(flags) == 2
         error = capsys.readouterr().err

@@ -271,6 +271,7 @@ def test_checkpoint_is_judged_on_what_its_training_held_out(data, trained, tmp_p
     "flags, message",
     [
         (["--data", "HUNT"], "exactly one"),
+        (["--data", "HUNT", "--checkpoint", "RUN", "--num-pictures", "-1"], "--num-pictures must be at least 1"),
         (["--data", "PURSUIT", "--checkpoint", "RUN"], "[4, 4, 7], the dataset has [7, 7, 3]"),
         (["--data", "nowhere", "--checkpoint", "RUN"], "expected a dataset"),
         (["--data", "HUNT", "--checkpoint", "nowhere"], "no checkpoint"),

@@ -533,7 +533,7 @@ def test_pursuit_counts_are_fed_as_numbers(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"latent_size": 0}, "--latent-size: expected at least 1"),
+        ({"latent_size": 0}, "--latent-size must be at least 1, got 0"),
         ({"codebook_size": 0, "model": "vqvae"}, "--codebook-size"),
         ({"model": "cvae", "horizon": 35}, "longest episode, 35 steps"),
         ({"subgoal": "value", "model": "cvae"}, "--critic RUN_DIR"),
@@ -541,6 +541,8 @@ def test_pursuit_counts_are_fed_as_numbers(tmp_path):
         ({"holdout_policies": ("nobody",)}, "one of nearest_stag"),
         ({"heldout_fraction": 0.0}, "between 0 and 1"),
         ({"teacher": "nowhere", "model": "cvae"}, "no checkpoint at"),
+        ({"learning_rate": math.nan}, "--learning-rate must be at least 0, got nan"),
+        ({"num_threads": 0}, "--num-threads must be at least 1, got 0"),
         ({"data": ""}, "--data: expected a dataset"),
         ({"data": "nowhere"}, "found none"),
     ],
