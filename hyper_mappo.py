@@ -427,6 +427,12 @@ class HyperNetwork(nn.Module):
         self.alpha = layer_init(nn.Linear(context_size, K), 1.0) if K != context_size else nn.Identity()
         if self.form == "low-rank":
             self.beta = layer_init(nn.Linear(context_size, K), 1.0)
+            # Sums and copies over K as products with constants, they are faster so:
+            eye_k, eye_r = torch.eye(K), torch.eye(r)
+            self.register_buffer("spread", torch.block_diag(eye_k, eye_k).repeat_interleave(r, dim=1), persistent=False)
+            self.register_buffer("sum_and_spread", eye_r.repeat(K, K), persistent=False)  # [K*r, K*r]
+            each_a, each_b = eye_k.repeat_interleave(K, dim=1), eye_k.repeat(1, K)  # [K, K*K]
+            self.register_buffer("pairs", torch.block_diag(each_a, each_b), persistent=False)  # [2K, 2K*K]
         if self.form == "last-layer":
             self.scales = nn.ModuleList(nn.Linear(context_size, o) for _, o in sizes[:-1])
             for layer in self.scales:
@@ -458,8 +464,9 @@ class HyperNetwork(nn.Module):
         For rank r a and b have each number r times: [..., K*r]"""
         if self.form == "last-layer":
             return self.alpha(code), *(layer(code) for layer in self.scales)
-        code = code.repeat_interleave(self.rank, dim=-1) if self.rank > 1 else code
-        return code.chunk(2, dim=-1) if self.form == "low-rank" else (code,)
+        if self.form == "low-rank":
+            return (code @ self.spread).chunk(2, dim=-1)
+        return (code.repeat_interleave(self.rank, dim=-1) if self.rank > 1 else code,)
 
     def apply_layer(
         self, i: int, layer: nn.Linear | None, x: torch.Tensor, parts: tuple[torch.Tensor, ...]
@@ -472,8 +479,8 @@ class HyperNetwork(nn.Module):
         z = self.down[i](x)  # [B, K * (r or out)]
         if not self.rank:
             return y + (z.unflatten(-1, (self.basis, -1)) * parts[0].unsqueeze(-1)).sum(1)
-        if self.form == "low-rank":  # B(c) x, K times side by side: sums over K as a product, they are faster so
-            z = (z * parts[1]) @ torch.eye(self.rank, device=x.device).repeat(self.basis, self.basis)
+        if self.form == "low-rank":
+            z = (z * parts[1]) @ self.sum_and_spread  # B(c) x, K times side by side
         return y.addmm_(z * parts[0], self.up[i].T)  # in place: y is ours alone
 
     def squared_norms(
@@ -485,10 +492,8 @@ class HyperNetwork(nn.Module):
         """
         gram = self.gram()
         if self.form == "low-rank":  # A(c) B(c) = sum_kl a_k b_l U_k V_l is linear in the products a_k b_l
-            each = torch.eye(self.basis, device=code.device)
-            each_a, each_b = each.repeat_interleave(self.basis, dim=1), each.repeat(1, self.basis)
-            pairs = [x.chunk(2, dim=-1) for x in (code, previous)]
-            code, previous = ((a @ each_a) * (b @ each_b) for a, b in pairs)  # [..., K*K]
+            a, b = (torch.stack([code, previous]) @ self.pairs).chunk(2, dim=-1)
+            code, previous = (a * b).unbind()  # [..., K*K]
         elif self.form == "last-layer":  # everything is linear in [context, 1]: a Gram matrix [C + 1, C + 1] over that
             C = code.shape[-1]
             identity = isinstance(self.alpha, nn.Identity)
@@ -503,20 +508,16 @@ class HyperNetwork(nn.Module):
 
     def gram(self) -> torch.Tensor:
         """<B_k, B_l> over all weights and biases: [K, K]; with low-rank <U_k V_l, U_m V_n>: [K*K, K*K]"""
-        total, K, r = 0.0, self.basis, self.rank
-        for i, down in enumerate(self.down):
-            rows = with_bias(down)  # [K*r or K*out, in + 1]
-            if not r:
-                rows = rows.view(K, -1)
-                total = total + rows @ rows.T
-                continue
-            # <U_k V_l, U_m V_n> = sum over the ranks i, j of (u_ki . u_mj) (v_li . v_nj)
-            up, down = (self.up[i].T @ self.up[i]).view(K, r, K, r), (rows @ rows.T).view(K, r, K, r)
-            if self.form == "delta":
-                total = total + (up * down).sum((1, 3))
-            else:
-                total = total + torch.einsum("kimj,linj->klmn", up, down).reshape(K * K, K * K)
-        return total
+        K, r = self.basis, self.rank
+        rows = [with_bias(down) for down in self.down]  # of each layer: [K*r or K*out, in + 1]
+        if not r:
+            return sum(x.view(K, -1) @ x.view(K, -1).T for x in rows)
+        # <U_k V_l, U_m V_n> = sum over the ranks i, j of (u_ki . u_mj) (v_li . v_nj), and over the layers x
+        down = torch.stack([x @ x.T for x in rows]).view(-1, K, r, K, r)
+        up = torch.stack([x.T @ x for x in self.up]).view(-1, K, r, K, r)
+        if self.form == "delta":
+            return (up * down).sum((0, 2, 4))
+        return torch.einsum("xkimj,xlinj->klmn", up, down).reshape(K * K, K * K)
 
 
 def generated_mlp(
