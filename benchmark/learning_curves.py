@@ -73,7 +73,7 @@ def main(args: Args) -> None:
         print(f"{name}: at {end:,} env steps " + ", ".join(f"{x:.2f}" for x in seeds[:, -1]))
     axes.set(xlabel="env steps", ylabel="episodic return (mean over agents)", title=args.title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(loc="lower right", fontsize="small")
     figure.tight_layout()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=130)
