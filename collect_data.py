@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dataset import Dataset, DatasetWriter, describe, load_dataset, make_meta
 from envs import VecEnv, check_env, make_vec_env
-from hyper_mappo import make_policy
+from hyper_mappo import check_limits, make_policy
 
 
 @dataclass
@@ -51,6 +51,13 @@ class Args:
     """name of the dataset's folder; None: <env>__<policies>__<seed>"""
     resume: bool = False
     """continue a collection that was killed, with the same arguments"""
+
+
+# What numbers must be.
+LIMITS = {
+    "at least 1": (lambda x: x >= 1, "num_steps num_envs"),
+    "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
+}
 
 
 # ---------------------------------------------------------------- policies
@@ -162,9 +169,7 @@ def plot_summary(dataset: Dataset, path: Path) -> None:
 def main(args: Args) -> Path:
     """Collects; returns the dataset's folder. Raises ValueError, one line, for what the user can put right."""
     # ---- arguments
-    for name, least in (("num_steps", 1), ("num_envs", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    check_limits(args, LIMITS)
     if not args.policies or len(set(args.policies)) < len(args.policies):
         raise ValueError(f"--policies: expected different names, at least one, got {' '.join(args.policies) or 'none'}")
     try:

@@ -140,7 +140,7 @@ class Args:
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient, actor and critic apart"""
+    """largest norm of the gradient, actor and critic apart; inf: any"""
     target_kl: float | None = None
     """skip the update's remaining epochs once approx_kl passes this; None: never"""
     hidden_size: int = 128
@@ -210,10 +210,10 @@ LIMITS = {
         "context_size context_heads hyper_basis target_sync_interval save_every total_timesteps",
     ),
     "at least 0": (
-        lambda x: 0 <= x < math.inf,
+        lambda x: x >= 0,
         "num_env_procs eval_episodes learning_rate hyper_learning_rate ent_coef vf_coef smooth_coef align_coef",
     ),
-    "more than 0": (lambda x: 0 < x < math.inf, "clip_coef huber_delta max_grad_norm target_kl"),
+    "more than 0": (lambda x: x > 0, "clip_coef huber_delta max_grad_norm target_kl"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma gae_lambda"),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
 }
@@ -429,7 +429,8 @@ class HyperNetwork(nn.Module):
             self.beta = layer_init(nn.Linear(context_size, K), 1.0)
             # Sums and copies over K as products with constants, they are faster so:
             eye_k, eye_r = torch.eye(K), torch.eye(r)
-            self.register_buffer("spread", torch.block_diag(eye_k, eye_k).repeat_interleave(r, dim=1), persistent=False)
+            spread = torch.block_diag(eye_k, eye_k).repeat_interleave(r, dim=1)  # [2K, 2K*r]
+            self.register_buffer("spread", spread, persistent=False)
             self.register_buffer("sum_and_spread", eye_r.repeat(K, K), persistent=False)  # [K*r, K*r]
             each_a, each_b = eye_k.repeat_interleave(K, dim=1), eye_k.repeat(1, K)  # [K, K*K]
             self.register_buffer("pairs", torch.block_diag(each_a, each_b), persistent=False)  # [2K, 2K*K]
@@ -1212,10 +1213,11 @@ def env_procs(args: Args, backend: str) -> int:
     return default_env_procs(args.num_envs or 8) if args.num_env_procs is None else args.num_env_procs
 
 
-# --- same in: pretrain_vae.py, test_obs_reward_model.py, world_model.py [limits] ---
-def check_limits(args: Args) -> None:
-    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
-    for limit, (holds, names) in LIMITS.items():
+# --- same in: pretrain_vae.py, world_model.py [limits] ---
+def check_limits(args: object, limits: dict[str, tuple[Callable, str]]) -> None:
+    """ValueError for a number that is not what `limits` asks for: {what it must be: (whether it is, names of flags)}.
+    None, where a flag takes it, passes; NaN never does."""
+    for limit, (holds, names) in limits.items():
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):
@@ -1226,18 +1228,13 @@ def check_limits(args: Args) -> None:
 
 
 def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
-    """Everything that can be wrong before an env is made: UsageError in one line.
+    """What can be wrong before an env is made, beside single numbers (check_limits): UsageError in one line.
 
     -> backend, num_envs (of all processes together), num_minibatches
     """
 
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
-
-    try:
-        check_limits(args)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
     def refuse(names: list[str], why: str) -> None:
         given = [flag(name) for name in names if getattr(args, name) != getattr(Args, name)]
@@ -1742,8 +1739,11 @@ def cli(argv: list[str] | None = None) -> int:
                         f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the checkpoint's "
                         f"{getattr(saved, name)}: leave it out, or start a new run"
                     )
+        try:
+            check_limits(args, LIMITS)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         if args.evaluate:
-            check_args(args)
             device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
             evaluate_run(load_policy(args.evaluate, device).actor, args, Path(args.evaluate), device)
         else:

@@ -23,7 +23,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -142,7 +142,7 @@ LIMITS = {
         "num_threads latent_size hidden_size history_size codebook_size horizon epochs batch_size",
     ),
     "at least 0": (
-        lambda x: 0 <= x < math.inf,
+        lambda x: x >= 0,
         "learning_rate weight_decay kl_coef kl_warmup free_bits recon_coef later_coef memory_limit_mb",
     ),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
@@ -981,10 +981,11 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> VAE:
     return model.requires_grad_(False).eval()
 
 
-# --- same in: hyper_mappo.py, test_obs_reward_model.py, world_model.py [limits] ---
-def check_limits(args: Args) -> None:
-    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
-    for limit, (holds, names) in LIMITS.items():
+# --- same in: hyper_mappo.py, world_model.py [limits] ---
+def check_limits(args: object, limits: dict[str, tuple[Callable, str]]) -> None:
+    """ValueError for a number that is not what `limits` asks for: {what it must be: (whether it is, names of flags)}.
+    None, where a flag takes it, passes; NaN never does."""
+    for limit, (holds, names) in limits.items():
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):
@@ -998,7 +999,7 @@ def check_args(args: Args) -> None:
     """Everything that can be wrong before the data is read: ValueError in one line."""
     if not args.data:
         raise ValueError("--data: expected a dataset folder, got none; make one with collect_data.py")
-    check_limits(args)
+    check_limits(args, LIMITS)
     if (args.subgoal == "value") != (args.critic is not None):
         raise ValueError("--subgoal value and --critic RUN_DIR: expected both or none, got one; add or drop the other")
     if args.model != "cvae" and (args.teacher or args.critic):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 
 from dataset import SPLITS, Dataset, load_dataset, rotate_to_ego
-from world_model import ObsSpec, Samples, WorldModel, describe_obs, load_checkpoint, load_world_model
+from world_model import ObsSpec, Samples, WorldModel, check_limits, describe_obs, load_checkpoint, load_world_model
 
 HORIZONS = (1, 2, 5, 10, 20, 35)
 REWARD_TOLERANCE = 0.02  # a reward counts as right within this
@@ -529,23 +529,10 @@ def judge(model: Any, dataset: Dataset, episodes: np.ndarray, args: Args, device
     return {"result": result, "floors": floors, "drift": drift, "batch": batch, "pred": pred, "spec": spec}
 
 
-# --- same in: hyper_mappo.py, pretrain_vae.py, world_model.py [limits] ---
-def check_limits(args: Args) -> None:
-    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
-    for limit, (holds, names) in LIMITS.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
-
-
-# --- end [limits] ---
-
-
 def main(args: Args) -> int:
     """Judges; returns the exit code. ValueError: unusable arguments or data."""
     # ---- arguments
-    check_limits(args)
+    check_limits(args, LIMITS)
     if (args.checkpoint is None) == (args.model is None):
         raise ValueError("expected either --checkpoint RUN_DIR or --model package.module:factory: give exactly one")
     limits = {}

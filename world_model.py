@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,7 @@ class Args:
     anneal_lr: bool = True
     """if set, the learning rate falls linearly to 0 after a warm-up of 100 updates"""
     max_grad_norm: float = 10.0
-    """the gradient's norm is clipped to this"""
+    """the gradient's norm is clipped to this; inf: never"""
     max_samples: int | None = None
     """use only about this many env steps of the training episodes (whole episodes); None: all"""
     heldout_fraction: float = 0.1
@@ -118,8 +119,8 @@ LIMITS = {
         lambda x: x >= 1,
         "total_updates batch_size hidden_size rollout_steps eval_interval max_samples eval_samples",
     ),
-    "at least 0": (lambda x: 0 <= x < math.inf, "learning_rate"),
-    "more than 0": (lambda x: 0 < x < math.inf, "max_grad_norm"),
+    "at least 0": (lambda x: x >= 0, "learning_rate"),
+    "more than 0": (lambda x: x > 0, "max_grad_norm"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma balance_rewards latent_tau"),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
 }
@@ -712,10 +713,11 @@ def plot_curves(run_dir: Path) -> None:
 
 
 # ---------------------------------------------------------------- small parts
-# --- same in: hyper_mappo.py, pretrain_vae.py, test_obs_reward_model.py [limits] ---
-def check_limits(args: Args) -> None:
-    """ValueError for a number that is not what LIMITS asks for. None, where a flag takes it, passes; NaN never does."""
-    for limit, (holds, names) in LIMITS.items():
+# --- same in: hyper_mappo.py, pretrain_vae.py [limits] ---
+def check_limits(args: object, limits: dict[str, tuple[Callable, str]]) -> None:
+    """ValueError for a number that is not what `limits` asks for: {what it must be: (whether it is, names of flags)}.
+    None, where a flag takes it, passes; NaN never does."""
+    for limit, (holds, names) in limits.items():
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):
@@ -729,7 +731,7 @@ def check_args(args: Args) -> None:
     """What can be wrong before the data is read: ValueError in one line."""
     if not args.data:
         raise ValueError("--data expected a dataset folder, got none: make one with collect_data.py")
-    check_limits(args)
+    check_limits(args, LIMITS)
     if (args.reward_target == "td") != (args.critic is not None):
         raise ValueError("--reward-target td and --critic RUN_DIR belong together: give both or neither")
     if args.loss == "recon" and args.rollout_steps > 1:

@@ -144,7 +144,7 @@ def test_pursuit_and_the_genuine_env(tmp_path):
         ({"num_envs": 0}, "--num-envs must be at least 1"),
         ({"env_kwargs": "{max_cycles: 5}"}, "JSON"),
         ({"env_kwargs": "[5]"}, "by name"),
-        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": -1}, "--seed must be from 0 to 2147483647, got -1"),
         ({"env_id": "stag_haunt"}, "stag_hunt"),
     ],
 )

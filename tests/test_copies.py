@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import collect_data
 import hyper_mappo
 import pretrain_vae
 import test_obs_reward_model
@@ -26,7 +27,7 @@ def test_fenced_copies_are_the_same_in_all_files_that_they_name():
         assert all(files == set(copies) for files, _ in copies.values()), f"[{name}] is not where its fences say"
 
 
-@pytest.mark.parametrize("script", [hyper_mappo, pretrain_vae, test_obs_reward_model, world_model])
+@pytest.mark.parametrize("script", [collect_data, hyper_mappo, pretrain_vae, test_obs_reward_model, world_model])
 def test_every_number_has_its_limits(script):
     """A flag that is added without limits would pass -1 or NaN to whatever reads it."""
     checked_elsewhere = {"hyper_rank", "heldout_fraction"}  # its limit depends on the form; dataset.split_episodes
@@ -37,5 +38,7 @@ def test_every_number_has_its_limits(script):
         assert not holds(math.nan) and not holds(-1), limit
         for name in names.split():
             with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be {limit}, got -1"):
-                script.check_limits(script.Args(**{name: -1}))
-    script.check_limits(script.Args())
+                script.check_limits(script.Args(**{name: -1}), script.LIMITS)
+    script.check_limits(script.Args(), script.LIMITS)
+    if "max_grad_norm" in numbers:  # infinity means no clipping
+        script.check_limits(script.Args(max_grad_norm=math.inf), script.LIMITS)
