@@ -2,6 +2,7 @@
 
     python collect_data.py --env-id stag_hunt-8x8-4h1s --num-steps 107010 --policies nearest_stag nearest_hare
     python collect_data.py --env-id pursuit --num-steps 50000 --num-envs 32 --policies random runs/RUN
+    python collect_data.py --env-id stag_hunt --policies runs/RUN --values-of runs/RUN   # and what its critic expects
 
 The format is in dataset.py and docs/data_format.md; how-to and limits are in docs/collect_data.md.
 """
@@ -10,21 +11,24 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset import Dataset, DatasetWriter, describe, load_dataset, make_meta
-from envs import VecEnv, check_env, make_vec_env
-from hyper_mappo import check_limits, make_policy
+from envs import EnvStep, VecEnv, check_env, make_vec_env
+from hyper_mappo import CHECKPOINT_FORMAT, load_critic, make_policy
+from runs import Terminated, UsageError, check_limits, command_line, get_device, load_checkpoint, safe_name
+
+Critic = Callable[[Tensor], Tensor]  # state [N, *S] -> values [N, A]
 
 
 @dataclass
@@ -37,6 +41,8 @@ class Args:
     """what steps the envs: auto takes the batched twin where there is one"""
     policies: tuple[str, ...] = ("random",)
     """who plays: random (any env), a scripted stag hunt partner, or the run folder of a hyper_mappo.py checkpoint"""
+    values_of: str | None = None
+    """run folder of hyper_mappo.py whose critic says what it expects from each step on; None: no values"""
     num_steps: int = 100_000
     """env steps to record at least; episodes in flight by then are played to the end and recorded too"""
     num_envs: int = 64
@@ -60,62 +66,109 @@ LIMITS = {
 }
 
 
-# ---------------------------------------------------------------- policies
+# ------------------------------------------------------------------------------------------- policies
 
 
 def make_mixes(num_policies: int, num_agents: int) -> np.ndarray:
     """All ways to fill the seats, whatever the order: from A x the first policy to A x the last. [M, A]"""
-    return np.array(list(itertools.combinations_with_replacement(range(num_policies), num_agents)))
+    policies = range(num_policies)
+    mixes = itertools.combinations_with_replacement(policies, num_agents)
+    return np.array(list(mixes))
 
 
-# ---------------------------------------------------------------- collecting
+class Seating:
+    """Who sits where: one mix of policies after the other, each shuffled over the seats."""
+
+    def __init__(
+        self,
+        players: list[Any],
+        env: VecEnv,
+        first_mix: int,
+        rng: np.random.Generator,
+    ):
+        self.players = players
+        self.memories = [player.initial_state(env.num_envs) for player in players]
+        self.mixes = make_mixes(len(players), env.num_agents)
+        self.next_mix = first_mix
+        self.rng = rng
+        self.policy_ids = np.zeros((env.num_envs, env.num_agents), np.int64)
+
+    def draw(self, starting: np.ndarray) -> None:
+        """New seats where an episode starts. [N] bool"""
+        for i in np.flatnonzero(starting):
+            mix = self.mixes[self.next_mix % len(self.mixes)]
+            self.policy_ids[i] = self.rng.permutation(mix)
+            self.next_mix += 1
+
+    def act(self, step: EnvStep) -> Tensor:
+        """Everyone's action in its seats: [N, A] or [N, A, D]"""
+        seats = torch.from_numpy(self.policy_ids).to(step.obs.device)  # [N, A]
+        actions = None
+        for k, player in enumerate(self.players):
+            chosen, self.memories[k] = player.act(step, self.memories[k])  # [N, A] or [N, A, D]
+            if actions is None:
+                actions = chosen
+                continue
+            mine = seats == k
+            if chosen.ndim == 3:
+                mine = mine[..., None]
+            actions = torch.where(mine, chosen, actions)
+        for k, player in enumerate(self.players):
+            self.memories[k] = player.remember(step, actions, self.memories[k])
+        return actions
 
 
-def collect(env: VecEnv, policies: tuple[str, ...], writer: DatasetWriter, num_steps: int, seed: int) -> None:
+def load_values(run_dir: str, env: VecEnv) -> Critic:
+    """The critic of a run folder. UsageError: it is of another state shape or number of agents."""
+    trained = load_checkpoint(run_dir, CHECKPOINT_FORMAT)["spec"]
+    its_shape, our_shape = list(trained["state_shape"]), list(env.state_shape)
+    its_agents, our_agents = trained["num_agents"], env.num_agents
+    if its_shape != our_shape or its_agents != our_agents:
+        raise UsageError(
+            f"--values-of {run_dir} has a critic of states {its_shape} and {its_agents} agents, but {env.env_id} has "
+            f"{our_shape} and {our_agents}; use a run on this env"
+        )
+    return load_critic(run_dir, env.device)
+
+
+# ----------------------------------------------------------------------------------------- collecting
+
+
+def collect(
+    env: VecEnv,
+    policies: tuple[str, ...],
+    writer: DatasetWriter,
+    num_steps: int,
+    seed: int,
+    critic: Critic | None = None,
+) -> None:
     """Records whole episodes until `writer` holds at least num_steps.
 
     Every env step counts from the moment it is played; once enough are under way no new episode is recorded, but all
     begun ones are played to the end. Dropping those instead would leave out long episodes more often than short ones.
     """
     # A continued collection goes on with other random numbers than the rows that it already has.
-    seed = int(np.random.SeedSequence([seed, writer.num_steps]).generate_state(1)[0] >> 1)
+    entropy = np.random.SeedSequence([seed, writer.num_steps])
+    seed = int(entropy.generate_state(1)[0] >> 1)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     players = [make_policy(name, env) for name in policies]
-    memories = [player.initial_state(env.num_envs) for player in players]
-    mixes = make_mixes(len(policies), env.num_agents)
-    next_mix = writer.meta["num_episodes"]
-    policy_ids = np.zeros((env.num_envs, env.num_agents), np.int64)
+    seating = Seating(players, env, writer.meta["num_episodes"], rng)
     starting = recording = np.ones(env.num_envs, bool)
-    step, played = env.reset(seed), writer.num_steps
-    progress = tqdm(total=num_steps, initial=played, unit="step", disable=not sys.stderr.isatty())
+    step = env.reset(seed)
+    played = writer.num_steps
+    progress = tqdm(
+        total=num_steps,
+        initial=played,
+        unit="step",
+        disable=not sys.stderr.isatty(),
+    )
     while recording.any():
-        for i in np.flatnonzero(starting):
-            policy_ids[i] = rng.permutation(mixes[next_mix % len(mixes)])
-            next_mix += 1
-        seats = torch.from_numpy(policy_ids).to(env.device)  # [N, A]
-        actions = None
-        for k, player in enumerate(players):
-            chosen, memories[k] = player.act(step, memories[k])  # [N, A] or [N, A, D]
-            mine = (seats == k).view(*seats.shape, *[1] * (chosen.ndim - 2))
-            actions = chosen if actions is None else torch.where(mine, chosen, actions)
-        memories = [player.remember(step, actions, memory) for player, memory in zip(players, memories, strict=True)]
+        seating.draw(starting)
+        actions = seating.act(step)
         after = env.step(actions)
-        executed = actions if after.executed_actions is None else after.executed_actions
-        rows = {
-            "observations": step.obs,
-            "next_observations": after.final_obs,
-            "states": step.state,
-            "actions": executed,
-            "rewards": after.rewards,
-            "terminations": after.terminations,
-            "truncations": after.truncations,
-            "active": step.active,
-        }
-        if step.action_mask is not None:
-            rows["action_masks"] = step.action_mask
-        rows = {name: tensor.cpu().numpy().copy() for name, tensor in rows.items()}  # copies: an env may reuse its own
-        rows["policy_ids"] = policy_ids.copy()
+        rows = make_rows(step, actions, after, critic)
+        rows["policy_ids"] = seating.policy_ids.copy()
         starting = after.episode_over.cpu().numpy()
         writer.add(rows, starting & recording)
         played += env.num_envs
@@ -126,6 +179,39 @@ def collect(env: VecEnv, policies: tuple[str, ...], writer: DatasetWriter, num_s
     progress.close()
 
 
+def make_rows(
+    step: EnvStep,
+    actions: Tensor,
+    after: EnvStep,
+    critic: Critic | None,
+) -> dict[str, np.ndarray]:
+    """What happened in all envs between `step` and `after`: every field of a row that the env knows, [N, ...]"""
+    executed = actions
+    if after.executed_actions is not None:
+        executed = after.executed_actions
+    tensors = {
+        "observations": step.obs,
+        "next_observations": after.final_obs,
+        "states": step.state,
+        "actions": executed,
+        "rewards": after.rewards,
+        "terminations": after.terminations,
+        "truncations": after.truncations,
+        "active": step.active,
+    }
+    if step.action_mask is not None:
+        tensors["action_masks"] = step.action_mask
+    if critic is not None:
+        tensors["values"] = critic(step.state)
+    rows = {}
+    for name, tensor in tensors.items():
+        rows[name] = tensor.cpu().numpy().copy()  # a copy: an env may reuse its own
+    return rows
+
+
+# -------------------------------------------------------------------------------------------- picture
+
+
 def plot_summary(dataset: Dataset, path: Path) -> None:
     """Returns per policy, action shares per policy, episode lengths and who is left at each time step, as a picture."""
     import matplotlib
@@ -133,59 +219,112 @@ def plot_summary(dataset: Dataset, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    meta, names = dataset.meta, [Path(name).name for name in dataset.meta["policies"]]
-    returns, active = dataset.episode_returns(), np.asarray(dataset.active)  # [E, A], [S, A]
-    seats = dataset.policy_ids[dataset.episode_starts[:-1]]  # [E, A]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7))
-    ids, agents = np.arange(len(names)), range(dataset.num_agents)
-    for a in agents:
-        means = [returns[seats[:, a] == k, a].mean() if (seats[:, a] == k).any() else 0 for k in ids]
-        axes[0, 0].bar(
-            ids + 0.8 * (a - (len(agents) - 1) / 2) / len(agents), means, 0.7 / len(agents), label=f"seat {a}"
-        )
-    axes[0, 0].set(title="mean return", xticks=ids)
-    axes[0, 0].set_xticklabels(names)
-    axes[0, 0].legend(fontsize=7, ncols=2)
-    for k, name in enumerate(names):
-        mine = active & (dataset.policy_ids == k)  # [S, A]
-        at = np.bincount(np.repeat(dataset.timesteps, dataset.num_agents)[mine.ravel()])
-        axes[1, 1].plot(at, label=name)
-        if meta["num_actions"] is not None:
-            shares = np.bincount(dataset.actions[mine], minlength=meta["num_actions"]) / max(1, mine.sum())
-            axes[0, 1].bar(
-                np.arange(len(shares)) + 0.8 * (k + 0.5) / len(names) - 0.4, shares, 0.7 / len(names), label=name
-            )
-    axes[0, 1].set(title="share of actions (active agents)", xlabel="action")
-    axes[1, 0].hist(dataset.episode_lengths, bins=min(50, int(dataset.episode_lengths.max())))
-    axes[1, 0].set(title="episode length", xlabel="env steps", ylabel="episodes")
-    axes[1, 1].set(title="active agents at each time step", xlabel="time step", yscale="log")
-    axes[1, 1].legend(fontsize=7)
-    figure.suptitle(f"{dataset.path.name}: {dataset.num_steps} steps of {meta['env_id']}")
+    (returns, actions), (lengths, activity) = axes
+    names = [Path(name).name for name in dataset.meta["policies"]]
+    plot_returns(returns, dataset, names)
+    plot_actions(actions, dataset, names)
+    plot_activity(activity, dataset, names)
+    num_bins = min(50, int(dataset.episode_lengths.max()))
+    lengths.hist(dataset.episode_lengths, bins=num_bins)
+    lengths.set(
+        title="episode length",
+        xlabel="env steps",
+        ylabel="episodes",
+    )
+    figure.suptitle(f"{dataset.path.name}: {dataset.num_steps} steps of {dataset.meta['env_id']}")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
+def plot_bars(axis: Any, heights: list[np.ndarray], labels: list[str]) -> None:
+    """Groups of bars side by side: heights[i] are those of labels[i], one in each group."""
+    width = 0.8 / len(heights)
+    for i, label in enumerate(labels):
+        groups = np.arange(len(heights[i]))
+        offset = (i - (len(heights) - 1) / 2) * width
+        axis.bar(groups + offset, heights[i], 0.9 * width, label=label)
+
+
+def plot_returns(axis: Any, dataset: Dataset, names: list[str]) -> None:
+    returns, seats = dataset.episode_returns(), dataset.seats()  # [E, A]
+    labels = [f"seat {agent}" for agent in range(dataset.num_agents)]
+    means = np.zeros((dataset.num_agents, len(names)))
+    for agent in range(dataset.num_agents):
+        for k in range(len(names)):
+            mine = seats[:, agent] == k
+            if mine.any():
+                means[agent, k] = returns[mine, agent].mean()
+    plot_bars(axis, list(means), labels)
+    axis.set(title="mean return", xticks=range(len(names)))
+    axis.set_xticklabels(names)
+    axis.legend(fontsize=7, ncols=2)
+
+
+def plot_actions(axis: Any, dataset: Dataset, names: list[str]) -> None:
+    num_actions = dataset.meta["num_actions"]
+    axis.set(title="share of actions (active agents)", xlabel="action")
+    if num_actions is None:
+        return
+    shares = []
+    for k in range(len(names)):
+        mine = dataset.active & (dataset.policy_ids == k)  # [S, A]
+        counts = np.bincount(dataset.actions[mine], minlength=num_actions)
+        shares.append(counts / max(1, mine.sum()))
+    plot_bars(axis, shares, names)
+
+
+def plot_activity(axis: Any, dataset: Dataset, names: list[str]) -> None:
+    timesteps = np.repeat(dataset.timesteps, dataset.num_agents)  # [S * A]
+    for k, name in enumerate(names):
+        mine = dataset.active & (dataset.policy_ids == k)  # [S, A]
+        num_active = np.bincount(timesteps[mine.ravel()])
+        axis.plot(num_active, label=name)
+    axis.set(
+        title="active agents at each time step",
+        xlabel="time step",
+        yscale="log",
+    )
+    axis.legend(fontsize=7)
+
+
+# ----------------------------------------------------------------------------------------------- main
+
+
+def dataset_path(args: Args) -> Path:
+    """data/<env>__<policies>__<seed>, or the name that was asked for"""
+    policies = "-".join(Path(name).name for name in args.policies)
+    name = args.name or f"{args.env_id}__{policies}__{args.seed}"
+    return Path(args.data_dir) / safe_name(name)
+
+
 def main(args: Args) -> Path:
-    """Collects; returns the dataset's folder. Raises ValueError, one line, for what the user can put right."""
+    """Collects; returns the dataset's folder. Raises UsageError, one line, for what the user can put right."""
     # ---- arguments
     check_limits(args, LIMITS)
     if not args.policies or len(set(args.policies)) < len(args.policies):
-        raise ValueError(f"--policies: expected different names, at least one, got {' '.join(args.policies) or 'none'}")
+        raise UsageError(f"--policies: expected different names, at least one, got {' '.join(args.policies) or 'none'}")
     try:
         env_kwargs = json.loads(args.env_kwargs)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--env-kwargs: expected JSON like '{{\"max_cycles\": 50}}', got {args.env_kwargs}") from error
-    backend = check_env(args.env_id, args.backend, env_kwargs)
-    short = "-".join(Path(name).name for name in args.policies)
-    name = args.name or f"{args.env_id}__{short}__{args.seed}"
-    path = Path(args.data_dir) / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+        raise UsageError(f"--env-kwargs: expected JSON like '{{\"max_cycles\": 50}}', got {args.env_kwargs}") from error
+    checked_env = check_env(args.env_id, args.backend, env_kwargs)
+    path = dataset_path(args)
 
-    # ---- envs, policies, writer
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    env = make_vec_env(args.env_id, args.num_envs, device, args.seed, backend=backend, **env_kwargs)
+    # ---- envs
+    device = get_device(args.cuda)
+    env = make_vec_env(checked_env, args.num_envs, device, args.seed)
+
+    # ---- networks
     for policy in args.policies:
-        make_policy(policy, env)
+        make_policy(policy, env)  # refuses what cannot play before anything is written
+    critic, values_of = None, None
+    if args.values_of is not None:
+        critic = load_values(args.values_of, env)
+        values_of = Path(args.values_of).name
+
+    # ---- storage
     discrete = isinstance(env.action_space, gym.spaces.Discrete)
     meta = make_meta(
         env_id=env.env_id,
@@ -200,12 +339,20 @@ def main(args: Args) -> Path:
         has_masks=env.reset(args.seed).action_mask is not None,
         policies=list(args.policies),
         seed=args.seed,
+        values_of=values_of,
     )
     writer = DatasetWriter(path, meta, args.num_envs, args.resume)
     print(f"collecting {args.num_steps} steps of {env.env_id} ({env.backend} backend, {device}) into {path}")
 
-    # ---- loop, close
-    collect(env, args.policies, writer, args.num_steps, args.seed)
+    # ---- loop
+    try:
+        collect(env, args.policies, writer, args.num_steps, args.seed, critic)
+    except (KeyboardInterrupt, Terminated):
+        writer.flush()
+        print("stopped; continue with --resume", file=sys.stderr)
+        raise
+
+    # ---- close
     env.close()
     dataset = load_dataset(writer.close())
     print(describe(dataset))
@@ -213,12 +360,9 @@ def main(args: Args) -> Path:
     return path
 
 
+def cli(argv: list[str] | None = None) -> int:
+    return command_line(Args, main, LIMITS, argv)
+
+
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(cli())

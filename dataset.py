@@ -15,28 +15,40 @@ together in time order, and only whole episodes are stored. S rows, E episodes, 
     timesteps          [S]         int64, 0 at the start of each episode
     episode_ids        [S]         int64, 0, 0, ..., 1, 1, ...
     policy_ids         [S, A]      int64, index into meta["policies"]: who sat in that seat
+    values             [S, A]      float32, what a critic expects from the step on; 0 for agents that have left
+                                   (only where one was asked, meta["values_of"])
 
 `python -m dataset data/NAME` prints and validates a dataset.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from envs.stag_hunt import ego_order
+from runs import UsageError, write_json
 
 FORMAT = "marl-dataset"
 VERSION = 1
 SPLITS = ("train", "heldout_episodes", "heldout_policies")
 CHUNK_BYTES = 64 * 2**20  # how much of a large field is looked at in one go
+PACKAGES = ("numpy", "torch", "gymnasium", "pettingzoo")
+GROWING = {"num_steps", "num_episodes", "versions"}  # what of the meta a continued collection may change
+
+Meta = dict[str, Any]
+Rows = dict[str, np.ndarray]  # field -> [N, ...]
 
 
 def make_meta(
@@ -52,9 +64,12 @@ def make_meta(
     has_masks: bool,
     policies: list[str],
     seed: int,
-) -> dict:
-    """Everything that is known about a dataset before its first row. `num_actions` is None for continuous actions."""
-    packages = ("numpy", "torch", "gymnasium", "pettingzoo")
+    values_of: str | None = None,
+) -> Meta:
+    """Everything that is known about a dataset before its first row.
+
+    num_actions is None for continuous actions, values_of the run whose critic fills `values`.
+    """
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -68,23 +83,38 @@ def make_meta(
         "num_actions": num_actions,
         "action_shape": list(action_shape),
         "has_masks": has_masks,
+        "has_values": values_of is not None,
+        "values_of": values_of,
         "policies": list(policies),
         "seed": seed,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "num_steps": 0,
         "num_episodes": 0,
     }
 
 
-def row_fields(meta: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Type and shape of one row of every field."""
-    agents, obs_shape = (meta["num_agents"],), tuple(meta["obs_shape"])
-    action_dtype = "float32" if meta["num_actions"] is None else "int64"
+class Field(NamedTuple):
+    """Type and shape of one row of a field."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def row_fields(meta: Meta) -> dict[str, Field]:
+    """Every field of a dataset by its name."""
+    agents = (meta["num_agents"],)
+    obs_shape = agents + tuple(meta["obs_shape"])
+    action_shape = agents + tuple(meta["action_shape"])
+    continuous = meta["num_actions"] is None
     fields = {
-        "observations": (meta["obs_dtype"], agents + obs_shape),
-        "next_observations": (meta["obs_dtype"], agents + obs_shape),
+        "observations": (meta["obs_dtype"], obs_shape),
+        "next_observations": (meta["obs_dtype"], obs_shape),
         "states": (meta["state_dtype"], tuple(meta["state_shape"])),
-        "actions": (action_dtype, agents + tuple(meta["action_shape"])),
+        "actions": ("float32" if continuous else "int64", action_shape),
         "rewards": ("float32", agents),
         "terminations": ("bool", agents),
         "truncations": ("bool", ()),
@@ -95,55 +125,72 @@ def row_fields(meta: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     }
     if meta["has_masks"]:
         fields["action_masks"] = ("bool", agents + (meta["num_actions"],))
-    return {name: (np.dtype(dtype), shape) for name, (dtype, shape) in fields.items()}
+    if meta.get("has_values"):  # older datasets do not say
+        fields["values"] = ("float32", agents)
+    return {name: Field(np.dtype(dtype), shape) for name, (dtype, shape) in fields.items()}
 
 
 class DatasetWriter:
     """Streams rows to `<path>.partial`, which becomes `path` in one rename when `close` is called.
 
     What is held in memory are the episodes in flight. Files only grow, and `progress.json` says how much of them is
-    whole episodes; a killed run is continued from there with `resume=True`. Raises ValueError if `path` exists, if an
+    whole episodes; a killed run is continued from there with `resume=True`. Raises UsageError if `path` exists, if an
     unfinished collection is in the way (or, on resume, missing or different), and when the disk is full.
     """
 
-    def __init__(self, path: str | Path, meta: dict, num_envs: int, resume: bool = False):
-        self.path, self.meta = Path(path), dict(meta)
+    def __init__(
+        self,
+        path: str | Path,
+        meta: Meta,
+        num_envs: int,
+        resume: bool = False,
+    ):
+        self.path = Path(path)
+        self.meta = dict(meta)
+        self.fields = row_fields(meta)
         self.partial = self.path.with_name(self.path.name + ".partial")
         if self.path.exists():
-            raise ValueError(f"expected a new dataset folder, but {self.path} exists; choose another name or delete it")
+            raise UsageError(f"expected a new dataset folder, but {self.path} exists; choose another name or delete it")
         if resume:
             self._read_progress()
         elif self.partial.exists():
-            raise ValueError(f"{self.partial} holds an unfinished collection; continue it with --resume or delete it")
+            raise UsageError(f"{self.partial} holds an unfinished collection; continue it with --resume or delete it")
         self.partial.mkdir(parents=True, exist_ok=True)
         self.files = {}
-        for name, (dtype, shape) in row_fields(self.meta).items():
-            file = self.partial / f"{name}.npy"
-            self.files[name] = open(file, "r+b" if file.exists() else "w+b")
+        for name, field in self.fields.items():
+            file_path = self.partial / f"{name}.npy"
+            mode = "r+b" if file_path.exists() else "w+b"
+            self.files[name] = open(file_path, mode)
             self._write_header(name)
-            row_bytes = dtype.itemsize * int(np.prod(shape))
-            self.files[name].truncate(self.files[name].tell() + self.meta["num_steps"] * row_bytes)
+            # Rows that were never committed go.
+            header_bytes = self.files[name].tell()
+            self.files[name].truncate(header_bytes + self.num_steps * field.row_bytes)
             self.files[name].seek(0, os.SEEK_END)
-        self.steps: list[dict[str, np.ndarray]] = []  # the latest joint steps of all envs, oldest first
+        self.steps: list[Rows] = []  # the latest joint steps of all envs, oldest first
         self.starts = np.zeros(num_envs, np.int64)  # where in `steps` each env's episode began
         self.flush()
 
     def _read_progress(self) -> None:
-        file = self.partial / "progress.json"
-        if not file.exists():
-            raise ValueError(
+        progress = self.partial / "progress.json"
+        if not progress.exists():
+            raise UsageError(
                 f"--resume expected an unfinished collection in {self.partial}; start one without --resume"
             )
-        old = json.loads(file.read_text())
-        for key in self.meta.keys() - {"num_steps", "num_episodes", "versions"}:
-            if old[key] != json.loads(json.dumps(self.meta[key])):
-                raise ValueError(f"{self.partial} was begun with {key} {old[key]}, not {self.meta[key]}; use the same")
+        old = _with_defaults(json.loads(progress.read_text()))
+        new = json.loads(json.dumps(self.meta))
+        for key in new.keys() - GROWING:
+            if old[key] != new[key]:
+                raise UsageError(f"{self.partial} was begun with {key} {old[key]}, not {new[key]}; use the same")
         self.meta = old
 
     def _write_header(self, name: str) -> None:
         # numpy pads the header so that the number of rows can be rewritten in place.
-        dtype, shape = row_fields(self.meta)[name]
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (self.meta["num_steps"],) + shape}
+        field = self.fields[name]
+        header = {
+            "descr": field.dtype.str,
+            "fortran_order": False,
+            "shape": (self.num_steps, *field.shape),
+        }
         self.files[name].seek(0)
         np.lib.format.write_array_header_1_0(self.files[name], header)
 
@@ -151,7 +198,7 @@ class DatasetWriter:
     def num_steps(self) -> int:
         return self.meta["num_steps"]
 
-    def add(self, rows: dict[str, np.ndarray], episode_over: np.ndarray) -> None:
+    def add(self, rows: Rows, episode_over: np.ndarray) -> None:
         """Takes one step of all envs and writes the episodes that ended in it.
 
         rows: every field but `timesteps` and `episode_ids`, each [N, ...]. episode_over: [N] bool; False for an env
@@ -160,48 +207,57 @@ class DatasetWriter:
         self.steps.append(rows)
         for env in np.flatnonzero(episode_over):
             episode = self.steps[self.starts[env] :]
-            length = len(episode)
             self.starts[env] = len(self.steps)
-            fields = {name: np.stack([step[name][env] for step in episode]) for name in rows}  # [L, ...]
-            fields["timesteps"] = np.arange(length)
-            fields["episode_ids"] = np.full(length, self.meta["num_episodes"])
-            gone = ~fields["active"]  # [L, A]
-            fields["actions"][gone] = 0 if self.meta["num_actions"] is None else -1
-            for name, (dtype, shape) in row_fields(self.meta).items():
-                if fields[name].shape[1:] != shape:
-                    raise ValueError(f"{name} of a row: expected shape {shape}, got {fields[name].shape[1:]}")
-                self._write(self.files[name], np.ascontiguousarray(fields[name], dtype).tobytes())
-            self.meta["num_steps"] += length
-            self.meta["num_episodes"] += 1
+            fields = {}
+            for name in rows:
+                fields[name] = np.stack([step[name][env] for step in episode])  # [L, ...]
+            self._write_episode(fields)
         oldest = self.starts.min()
         if oldest >= 64:  # forget what no episode in flight needs, now and then
             del self.steps[:oldest]
             self.starts -= oldest
             self.flush()
 
-    def _write(self, file, data: bytes | None) -> None:
+    def _write_episode(self, fields: Rows) -> None:
+        """fields: [L, ...] each. ValueError for a row of another shape than the meta says."""
+        active = fields["active"]  # [L, A]
+        length = len(active)
+        fields["timesteps"] = np.arange(length)
+        fields["episode_ids"] = np.full(length, self.meta["num_episodes"])
+        continuous = self.meta["num_actions"] is None
+        fields["actions"][~active] = 0 if continuous else -1
+        if "values" in fields:
+            fields["values"][~active] = 0
+        for name, field in self.fields.items():
+            given = fields[name].shape[1:]
+            if given != field.shape:
+                raise ValueError(f"{name} of a row: expected shape {field.shape}, got {given}")
+            rows = np.ascontiguousarray(fields[name], field.dtype)
+            with self._full_disk_in_one_line():
+                self.files[name].write(rows.tobytes())
+        self.meta["num_steps"] += length
+        self.meta["num_episodes"] += 1
+
+    @contextlib.contextmanager
+    def _full_disk_in_one_line(self) -> Iterator[None]:
         try:
-            file.write(data) if data is not None else file.flush()
+            yield
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"could not write to {self.partial}: {error.strerror}; free some space, then continue with --resume"
             ) from error
 
     def flush(self) -> None:
         """Commits the episodes written so far: from here a killed run goes on."""
-        for file in self.files.values():
-            self._write(file, None)
-        progress = self.partial / "progress.tmp"
-        try:
-            progress.write_text(json.dumps(self.meta, indent=1))
-        except OSError as error:
-            raise ValueError(f"could not write to {self.partial}: {error.strerror}; free some space") from error
-        os.replace(progress, self.partial / "progress.json")
+        with self._full_disk_in_one_line():
+            for file in self.files.values():
+                file.flush()
+            write_json(self.partial / "progress.json", self.meta)
 
     def close(self) -> Path:
         """Finishes the dataset: from here on it can be read. Returns its path."""
         if self.num_steps == 0:
-            raise ValueError(f"no episode has ended, so {self.path} would be empty; collect more steps")
+            raise UsageError(f"no episode has ended, so {self.path} would be empty; collect more steps")
         for name in self.files:
             self._write_header(name)
         self.flush()
@@ -231,9 +287,11 @@ class Dataset:
     episode_ids: np.ndarray
     policy_ids: np.ndarray
     action_masks: np.ndarray | None = None
+    values: np.ndarray | None = None
 
     def __post_init__(self):
-        self.episode_starts = np.append(np.flatnonzero(self.timesteps == 0), len(self.timesteps))  # [E + 1]
+        starts = np.flatnonzero(self.timesteps == 0)
+        self.episode_starts = np.append(starts, self.num_steps)  # [E + 1]
         self.episode_lengths = np.diff(self.episode_starts)  # [E]
 
     @property
@@ -247,142 +305,201 @@ class Dataset:
     def rows_of(self, episodes: np.ndarray) -> np.ndarray:
         """Row indices of the given episodes, episode after episode. [R] int64"""
         lengths = self.episode_lengths[episodes]
-        first = np.repeat(self.episode_starts[episodes] - (lengths.cumsum() - lengths), lengths)
-        return first + np.arange(lengths.sum())
+        rows_before = lengths.cumsum() - lengths  # of the result
+        offset = self.episode_starts[episodes] - rows_before
+        return np.repeat(offset, lengths) + np.arange(lengths.sum())
 
     def split_episodes(
-        self, seed: int, heldout_fraction: float = 0.1, holdout_policies: tuple[str, ...] = ()
+        self,
+        seed: int,
+        heldout_fraction: float = 0.1,
+        holdout_policies: tuple[str, ...] = (),
     ) -> dict[str, np.ndarray]:
         """Episode numbers of "train", "heldout_episodes" and "heldout_policies", which have no episode in common.
 
         An episode in which any seat is played by one of `holdout_policies` goes to "heldout_policies" (which is empty
         when none is named); of the others `heldout_fraction`, drawn with `seed`, to "heldout_episodes".
+        UsageError: a fraction that is none, an unknown policy, or too few episodes.
         """
         if not 0 < heldout_fraction < 1:
-            raise ValueError(f"heldout_fraction: expected a number between 0 and 1, got {heldout_fraction}")
+            raise UsageError(f"heldout_fraction: expected a number between 0 and 1, got {heldout_fraction}")
         names = self.meta["policies"]
         for name in holdout_policies:
             if name not in names:
-                raise ValueError(f"policy to hold out: expected one of {', '.join(names)}, got {name!r}")
+                raise UsageError(f"policy to hold out: expected one of {', '.join(names)}, got {name!r}")
         held_ids = [names.index(name) for name in holdout_policies]
-        seats = self.policy_ids[self.episode_starts[:-1]]  # [E, A]
-        held = np.isin(seats, held_ids).any(1)  # [E]
-        rest = np.random.default_rng(seed).permutation(np.flatnonzero(~held))
+        is_held = np.isin(self.seats(), held_ids).any(1)  # [E]
+        rng = np.random.default_rng(seed)
+        rest = rng.permutation(np.flatnonzero(~is_held))
         count = max(1, round(heldout_fraction * len(rest)))
         if len(rest) <= count:
-            raise ValueError(f"{self.path}: {len(rest)} episodes are left to train on and test; collect more episodes")
-        parts = (np.sort(rest[count:]), np.sort(rest[:count]), np.flatnonzero(held))
-        return dict(zip(SPLITS, parts, strict=True))
+            raise UsageError(f"{self.path}: {len(rest)} episodes are left to train on and test; collect more episodes")
+        return {
+            "train": np.sort(rest[count:]),
+            "heldout_episodes": np.sort(rest[:count]),
+            "heldout_policies": np.flatnonzero(is_held),
+        }
+
+    def seats(self) -> np.ndarray:
+        """Who sat where, as indices into meta["policies"]. [E, A]"""
+        return self.policy_ids[self.episode_starts[:-1]]
 
     def episode_returns(self) -> np.ndarray:
         """Undiscounted return of each seat. [E, A]"""
-        return np.add.reduceat(self.rewards, self.episode_starts[:-1], axis=0)
+        starts = self.episode_starts[:-1]
+        return np.add.reduceat(self.rewards, starts, axis=0)
 
 
-def rotate_to_ego(x: torch.Tensor, agent: int | torch.Tensor, axis: int) -> torch.Tensor:
+def rotate_to_ego(x: Tensor, agent: int | Tensor, axis: int) -> Tensor:
     """Reorders the axis of length A of `x` from global order to ego order: self first, then i+1, i+2, ... mod A.
 
     The one place where this is done, for agent channels of observations and for joint actions alike, in the order in
     which the stag hunt draws its observations.
     agent: one number for all of `x`, or [B] for x [B, ...] (then `axis` is not 0).
     """
-    order = ego_order(x.shape[axis]).to(x.device)[agent]  # [A] or [B, A]
+    orders = ego_order(x.shape[axis]).to(x.device)  # [A, A]
+    order = orders[agent]  # [A] or [B, A]
     if order.ndim == 1:
         return x.index_select(axis, order)
     shape = [1] * x.ndim
     shape[0], shape[axis] = order.shape
-    return x.gather(axis, order.view(shape).expand_as(x))
+    index = order.view(shape).expand_as(x)
+    return x.gather(axis, index)
 
 
 def load_dataset(path: str | Path) -> Dataset:
-    """Opens a dataset and checks it. Raises ValueError, one line, for anything that is not a whole, sound dataset."""
+    """Opens a dataset and checks it. Raises UsageError, one line, for anything that is not a whole, sound dataset."""
     path = Path(path)
-    if not (path / "meta.json").exists():
-        found = "an unfinished collection" if path.with_name(path.name + ".partial").exists() else "none"
-        raise ValueError(f"expected a dataset in {path}, found {found}; make one with collect_data.py")
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-        fields = row_fields(meta)
-        sound = (meta["format"], meta["version"]) == (FORMAT, VERSION) and meta["num_steps"] > 0
-    except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{path / 'meta.json'}: expected {FORMAT} version {VERSION} with rows; collect the data again")
+    meta = _read_meta(path)
     arrays = {}
-    for name, (dtype, shape) in fields.items():
-        file, shape = path / f"{name}.npy", (meta["num_steps"],) + shape
-        try:
-            arrays[name] = np.load(file, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            reason = "missing" if not file.exists() else "truncated, or not an array of plain numbers"
-            raise ValueError(f"{file}: expected {dtype} {shape}, but it is {reason}; collect the data again") from error
-        if arrays[name].dtype != dtype or arrays[name].shape != shape:
-            given = f"{arrays[name].dtype} {arrays[name].shape}"
-            raise ValueError(f"{file}: expected {dtype} {shape}, got {given}; collect the data again")
+    for name, field in row_fields(meta).items():
+        arrays[name] = _open_field(path / f"{name}.npy", field, meta["num_steps"])
     dataset = Dataset(path, meta, **arrays)
-    _check_values(dataset)
+    _check_episodes(dataset)
+    _check_actions(dataset)
+    _check_numbers(dataset)
     return dataset
 
 
-def _chunks(array: np.ndarray):
-    rows = max(1, CHUNK_BYTES // max(1, array[0].nbytes))
-    return (slice(start, start + rows) for start in range(0, len(array), rows))
+def _read_meta(path: Path) -> Meta:
+    file = path / "meta.json"
+    if not file.exists():
+        partial = path.with_name(path.name + ".partial")
+        found = "an unfinished collection" if partial.exists() else "none"
+        raise UsageError(f"expected a dataset in {path}, found {found}; make one with collect_data.py")
+    try:
+        meta = _with_defaults(json.loads(file.read_text()))
+        row_fields(meta)
+        is_ours = meta["format"] == FORMAT and meta["version"] == VERSION
+        is_sound = is_ours and meta["num_steps"] > 0
+    except (ValueError, KeyError, TypeError):
+        is_sound = False
+    if not is_sound:
+        raise UsageError(f"{file}: expected {FORMAT} version {VERSION} with rows; collect the data again")
+    return meta
 
 
-def _check_values(dataset: Dataset) -> None:
-    """What can be checked without reading the observations, and that no number is NaN."""
+def _with_defaults(meta: Meta) -> Meta:
+    """What datasets from before there were values do not say."""
+    return {"has_values": False, "values_of": None, **meta}
 
-    def require(ok: bool, field: str, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{dataset.path / field}.npy: expected {expected}; collect the data again")
 
-    d, starts = dataset, dataset.episode_starts
-    number = np.cumsum(d.timesteps == 0) - 1  # [S]
+def _open_field(file: Path, field: Field, num_steps: int) -> np.ndarray:
+    shape = (num_steps, *field.shape)
+    expected = f"{file}: expected {field.dtype} {shape}"
+    try:
+        array = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = "truncated, or not an array of plain numbers" if file.exists() else "missing"
+        raise UsageError(f"{expected}, but it is {reason}; collect the data again") from error
+    if array.dtype != field.dtype or array.shape != shape:
+        raise UsageError(f"{expected}, got {array.dtype} {array.shape}; collect the data again")
+    return array
+
+
+def _require(dataset: Dataset, ok: bool, field: str, expected: str) -> None:
+    if not ok:
+        raise UsageError(f"{dataset.path / field}.npy: expected {expected}; collect the data again")
+
+
+def _check_episodes(dataset: Dataset) -> None:
+    """Whole episodes, numbered and timed in order, with one policy per seat."""
+    starts = dataset.episode_starts
+    number = np.cumsum(dataset.timesteps == 0) - 1  # [S]
     first = starts[np.maximum(number, 0)]
-    require((d.timesteps == np.arange(d.num_steps) - first).all(), "timesteps", "0, 1, 2, ... in every episode")
-    require((d.episode_ids == number).all(), "episode_ids", "0, 1, 2, ... with each new episode")
-    require(len(starts) - 1 == d.meta["num_episodes"], "episode_ids", f"{d.meta['num_episodes']} episodes")
-    require(
-        ((d.policy_ids >= 0) & (d.policy_ids < len(d.meta["policies"]))).all(),
-        "policy_ids",
-        f"0 ... {len(d.meta['policies']) - 1}",
-    )
-    require((d.policy_ids == d.policy_ids[first]).all(), "policy_ids", "one policy per seat and episode")
-    require(not (d.terminations & ~d.active).any(), "terminations", "False for agents that have left")
-    over = d.truncations | ~(d.active & ~d.terminations).any(1)  # [S]
-    require((over[starts[1:] - 1]).all(), "truncations", "an end of every episode (whole episodes)")
-    if d.meta["num_actions"] is not None:
-        legal = np.where(d.active, (d.actions >= 0) & (d.actions < d.meta["num_actions"]), d.actions == -1)
-        require(legal.all(), "actions", f"0 ... {d.meta['num_actions'] - 1}, and -1 for agents that have left")
-    if d.action_masks is not None:
-        legal = np.take_along_axis(d.action_masks, np.maximum(d.actions, 0)[..., None], 2)[..., 0]
-        require((legal | ~d.active).all(), "actions", "legal actions according to action_masks")
-    for name in row_fields(d.meta):
-        array = getattr(d, name)
-        if array.dtype.kind == "f":
-            require(
-                all(np.isfinite(array[part]).all() for part in _chunks(array)), name, "finite numbers, got NaN or inf"
-            )
+    expected_t = np.arange(dataset.num_steps) - first
+    in_order = (dataset.timesteps == expected_t).all()
+    _require(dataset, in_order, "timesteps", "0, 1, 2, ... in every episode")
+    numbered = (dataset.episode_ids == number).all()
+    _require(dataset, numbered, "episode_ids", "0, 1, 2, ... with each new episode")
+    num_episodes = dataset.meta["num_episodes"]
+    _require(dataset, len(starts) - 1 == num_episodes, "episode_ids", f"{num_episodes} episodes")
+
+    policy_ids, last_id = dataset.policy_ids, len(dataset.meta["policies"]) - 1
+    known = (policy_ids >= 0) & (policy_ids <= last_id)
+    _require(dataset, known.all(), "policy_ids", f"0 ... {last_id}")
+    same_seats = (policy_ids == policy_ids[first]).all()
+    _require(dataset, same_seats, "policy_ids", "one policy per seat and episode")
+
+    ended_after_leaving = dataset.terminations & ~dataset.active
+    _require(dataset, not ended_after_leaving.any(), "terminations", "False for agents that have left")
+    goes_on = dataset.active & ~dataset.terminations  # [S, A]
+    over = dataset.truncations | ~goes_on.any(1)  # [S]
+    last_rows = starts[1:] - 1
+    _require(dataset, over[last_rows].all(), "truncations", "an end of every episode (whole episodes)")
+
+
+def _check_actions(dataset: Dataset) -> None:
+    num_actions, actions = dataset.meta["num_actions"], dataset.actions
+    if num_actions is not None:
+        in_range = (actions >= 0) & (actions < num_actions)
+        right = np.where(dataset.active, in_range, actions == -1)
+        _require(dataset, right.all(), "actions", f"0 ... {num_actions - 1}, and -1 for agents that have left")
+    if dataset.action_masks is not None:
+        index = np.maximum(actions, 0)[..., None]
+        legal = np.take_along_axis(dataset.action_masks, index, axis=2)[..., 0]
+        legal_or_left = legal | ~dataset.active
+        _require(dataset, legal_or_left.all(), "actions", "legal actions according to action_masks")
+
+
+def _check_numbers(dataset: Dataset) -> None:
+    if dataset.values is not None:
+        of_the_gone = dataset.values[~dataset.active]
+        _require(dataset, not of_the_gone.any(), "values", "0 for agents that have left")
+    for name, field in row_fields(dataset.meta).items():
+        if field.dtype.kind == "f":
+            array = getattr(dataset, name)
+            finite = all(np.isfinite(array[rows]).all() for rows in _chunks(array))
+            _require(dataset, finite, name, "finite numbers, got NaN or inf")
+
+
+def _chunks(array: np.ndarray) -> Iterator[slice]:
+    """Slices of rows that are CHUNK_BYTES large; none of an array without rows."""
+    row_bytes = max(1, array[:1].nbytes)
+    num_rows = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(0, len(array), num_rows):
+        yield slice(start, start + num_rows)
 
 
 def check_alignment(dataset: Dataset) -> None:
     """Reads all observations: within an episode, the next observation must be the observation of the next row."""
-    inner = dataset.timesteps[1:] != 0  # [S - 1]
-    seen = dataset.active[1:] & inner[:, None]  # [S - 1, A]
-    for part in _chunks(dataset.observations[:-1]) if dataset.num_steps > 1 else ():
-        after = np.arange(part.start + 1, min(part.stop + 1, dataset.num_steps))
-        same = dataset.next_observations[after - 1] == dataset.observations[after]
-        if not same.reshape(*same.shape[:2], -1).all(2)[seen[after - 1]].all():
-            raise ValueError(
+    goes_on = dataset.timesteps[1:] != 0  # [S - 1], the row after is of the same episode
+    seen = dataset.active[1:] & goes_on[:, None]  # [S - 1, A]
+    obs, next_obs = dataset.observations, dataset.next_observations
+    for rows in _chunks(next_obs[:-1]):
+        rows_after = slice(rows.start + 1, rows.stop + 1)
+        differs = next_obs[:-1][rows] != obs[rows_after]  # [R, A, *O]
+        num_rows, num_agents = differs.shape[:2]
+        differs = differs.reshape(num_rows, num_agents, -1).any(2)  # [R, A]
+        if differs[seen[rows]].any():
+            raise UsageError(
                 f"{dataset.path}: expected next_observations to be the next row's observations; collect the data again"
             )
 
 
 def describe(dataset: Dataset) -> str:
-    """A summary in a few lines: counts, returns per policy and seat, action histogram, inactive rows, size."""
-    meta, active = dataset.meta, np.asarray(dataset.active)
-    returns = dataset.episode_returns()  # [E, A]
-    seats = dataset.policy_ids[dataset.episode_starts[:-1]]  # [E, A]
+    """A summary in a few lines: counts, values, returns per policy and seat, action histogram, inactive rows, size."""
+    meta, active = dataset.meta, dataset.active
     size = sum(file.stat().st_size for file in dataset.path.glob("*.npy"))
     lengths = dataset.episode_lengths
     lines = [
@@ -392,27 +509,53 @@ def describe(dataset: Dataset) -> str:
         f"  observations {meta['obs_dtype']} {tuple(meta['obs_shape'])}, "
         f"states {meta['state_dtype']} {tuple(meta['state_shape'])}",
     ]
-    for k, name in enumerate(meta["policies"]):
-        per_seat = [returns[seats[:, a] == k, a] for a in range(dataset.num_agents)]
-        means = " ".join(f"{x.mean():.2f}" if len(x) else "-" for x in per_seat)
-        all_seats = np.concatenate(per_seat)
-        mean = f"{all_seats.mean():.3f}" if len(all_seats) else "-"
-        lines.append(f"  {name}: return {mean} in {len(all_seats)} seats (by seat: {means})")
+    if dataset.values is not None:
+        values = dataset.values[active]
+        lines.append(
+            f"  values of {meta['values_of']}: mean {values.mean():.3f}, {values.min():.3f} ... {values.max():.3f}"
+        )
+    for policy_id, name in enumerate(meta["policies"]):
+        lines.append(_describe_returns(dataset, policy_id, name))
         if meta["num_actions"] is not None:
-            mine = dataset.actions[active & (dataset.policy_ids == k)]
-            shares = np.bincount(mine, minlength=meta["num_actions"]) / max(1, len(mine))
-            lines.append("    actions " + "  ".join(f"{a}: {100 * share:.1f} %" for a, share in enumerate(shares)))
+            lines.append(_describe_actions(dataset, policy_id))
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m dataset data/NAME")
+def _describe_returns(dataset: Dataset, policy_id: int, name: str) -> str:
+    returns = dataset.episode_returns()  # [E, A]
+    mine = dataset.seats() == policy_id  # [E, A]
+    by_seat = []
+    for agent in range(dataset.num_agents):
+        in_seat = returns[mine[:, agent], agent]
+        by_seat.append(f"{in_seat.mean():.2f}" if len(in_seat) else "-")
+    mean = f"{returns[mine].mean():.3f}" if mine.any() else "-"
+    return f"  {name}: return {mean} in {mine.sum()} seats (by seat: {' '.join(by_seat)})"
+
+
+def _describe_actions(dataset: Dataset, policy_id: int) -> str:
+    mine = dataset.active & (dataset.policy_ids == policy_id)  # [S, A]
+    counts = np.bincount(dataset.actions[mine], minlength=dataset.meta["num_actions"])
+    shares = counts / max(1, mine.sum())
+    listed = [f"{action}: {100 * share:.1f} %" for action, share in enumerate(shares)]
+    return "    actions " + "  ".join(listed)
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Prints and validates a dataset: -> the exit code, 2 for wrong usage and unsound data."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1:
+        print("usage: python -m dataset data/NAME", file=sys.stderr)
+        return 2
     try:
-        data = load_dataset(sys.argv[1])
-        print(describe(data))
-        check_alignment(data)
-        print("valid")
-    except ValueError as error:
+        dataset = load_dataset(argv[0])
+        print(describe(dataset))
+        check_alignment(dataset)
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    print("valid")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -17,23 +17,20 @@ How-to, metrics, deviations and results: docs/hyper_mappo.md
 from __future__ import annotations
 
 import copy
-import csv
-import ctypes
+import functools
 import itertools
 import json
 import math
 import os
 import random
-import re
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import Any, Literal
 
 # Before torch is imported: threads that spin while they wait for each other make small operations many times slower
 # as soon as other programs use the cores too.
@@ -43,28 +40,42 @@ import gymnasium as gym
 import imageio
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from scipy.stats import t as student_t
+from torch import Tensor, distributed
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import EnvStep, VecEnv, check_env, default_env_procs, make_vec_env, num_cpus, stag_hunt
+from envs import CheckedEnv, EnvStep, VecEnv, check_env, default_env_procs, make_vec_env, num_cpus
+from envs.players import FixedPolicy, Partners, parse_partners, scripted_player
+from pretrain_vae import load_vae
+from runs import (
+    Metrics,
+    Panel,
+    StopSignal,
+    UsageError,
+    command_line,
+    compile_works,
+    count_multiply_adds,
+    flag,
+    get_device,
+    keep_freed_memory,
+    load_checkpoint,
+    new_run_dir,
+    plot_learning_curve,
+    read_metrics,
+    restore_args,
+    save_checkpoint,
+    start_wandb,
+    write_json,
+)
 
 CHECKPOINT_FORMAT = "hyper_mappo/3"
 PROBE_ENVS = 16  # envs whose first rollout shows how the policy changes from update to update
 GRADIENT_COSINE_EVERY = 10  # updates
-# malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD and what keep_freed_memory sets them to, in bytes
-MALLOPT = {-3: 32 << 20, -1: 1 << 30, -2: 64 << 20}
 EVAL_SEED = 1_000_000  # keeps the seeds of evaluation apart from those of training
-
-
-class UsageError(ValueError):
-    """Something the user can put right: ends the command line with one line and exit code 2."""
+Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -202,7 +213,7 @@ class Args:
     """run folder whose policy is only evaluated"""
 
 
-# What numbers must be, so that nothing absurd is trained and nothing breaks after hours. (hyper_rank: see check_args)
+# What numbers must be, so that nothing absurd is trained and nothing breaks after hours. (hyper_rank: see check_form)
 LIMITS = {
     "at least 1": (
         lambda x: x >= 1,
@@ -229,16 +240,12 @@ CONTEXT_ONLY = "hyper_context history context_size context_heads chunk_length su
 HYPER_ONLY = (
     "share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval hyper_learning_rate"
 ).split()
-# The numbers of ppo_loss, logged as means over all minibatches of an update.
-LOSSES = (
-    "losses/policy_loss losses/value_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac "
-    "losses/smooth_loss losses/align_kl hyper/delta_norm hyper/step_change"
-).split()
-HYPER_TAGS = LOSSES[-4:]
+# The columns of metrics.csv; a row leaves out what its run or its update does not have.
 COLUMNS = (
     "update global_step charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate "
-    f"{' '.join(LOSSES)} losses/grad_norm losses/explained_variance "
-    "nonstationarity/policy_kl nonstationarity/gradient_cosine"
+    "losses/policy_loss losses/value_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac "
+    "losses/smooth_loss losses/align_kl hyper/delta_norm hyper/step_change losses/grad_norm "
+    "losses/explained_variance nonstationarity/policy_kl nonstationarity/gradient_cosine"
 ).split()
 
 
@@ -251,9 +258,16 @@ def layer_init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
-def with_bias(layer: nn.Linear) -> torch.Tensor:
-    """Weight and bias side by side: [out, in + 1]"""
-    return torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1)
+def make_layers(sizes: list[int], gains: list[float]) -> nn.ModuleList:
+    """Linear layers from size to size, each initialised with its gain."""
+    layers = nn.ModuleList()
+    for (size_in, size_out), gain in zip(itertools.pairwise(sizes), gains, strict=True):
+        layers.append(layer_init(nn.Linear(size_in, size_out), gain))
+    return layers
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 class Trunk(nn.Module):
@@ -270,14 +284,18 @@ class Trunk(nn.Module):
         self.num_features = math.prod(shape)
         if len(shape) == 3 and self.num_features > 1024:
             height, width, channels = shape
-            convs, out_channels = [], 16
+            out_channels = 16
+            convs = []
             while max(height, width) > 8:
-                convs += [layer_init(nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)), nn.ReLU()]
-                height, width, channels, out_channels = (height + 1) // 2, (width + 1) // 2, out_channels, 32
+                conv = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
+                convs += [layer_init(conv), nn.ReLU()]
+                height = (height + 1) // 2
+                width = (width + 1) // 2
+                channels, out_channels = out_channels, 32
             self.convs = nn.Sequential(*convs)
             self.num_features = channels * height * width
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         lead = x.shape[: x.dim() - len(self.shape)]
         x = x.float()
         if self.scale != 1.0:
@@ -299,56 +317,72 @@ class Context(nn.Module):
     def __init__(self, num_features: int, num_agents: int, num_subgoals: int, args: Args):
         super().__init__()
         C = args.context_size
-        self.kind, self.size, self.heads, self.shared = args.hyper_context, C, args.context_heads, args.share_delta
-        self.history = "none" if self.kind == "agent-id" else args.history
-        num_inputs = num_agents if self.kind == "agent-id" else num_features
+        self.size, self.heads = C, args.context_heads
+        self.kind, self.shared = args.hyper_context, args.share_delta
+        self.history = args.history
+        num_inputs = num_features
+        if self.kind == "agent-id":
+            self.history = "none"
+            num_inputs = num_agents
         self.encoder = layer_init(nn.Linear(num_inputs + num_subgoals, C))
         if self.kind == "joint":
             self.qkv = layer_init(nn.Linear(C, 3 * C), 1.0)
             self.attention_out = layer_init(nn.Linear(C, C), 1.0)
         if self.history != "none":
-            self.rnn = nn.GRUCell(C, C) if self.history == "gru" else nn.LSTMCell(C, C)
+            cells = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
+            self.rnn = cells[self.history](C, C)
             for name, param in self.rnn.named_parameters():
-                nn.init.zeros_(param) if "bias" in name else nn.init.orthogonal_(param)
+                if "bias" in name:
+                    nn.init.zeros_(param)
+                else:
+                    nn.init.orthogonal_(param)
 
     @property
     def hidden_size(self) -> int:
         """Numbers carried from step to step per agent: the context before; with an LSTM its cell, too."""
-        return (2 if self.history == "lstm" else 1) * self.size
+        return 2 * self.size if self.history == "lstm" else self.size
 
-    def previous(self, hidden: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def previous(self, hidden: Tensor, active: Tensor) -> Tensor:
         """The context before: hidden [N, A, hidden_size], active [N, A] -> [N, A, C]; a shared one without who left"""
-        x = hidden[..., : self.size]
-        return self.share(x, active) if self.shared else x
+        return self.share(hidden[..., : self.size], active)
 
-    @staticmethod
-    def share(x: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """Every agent gets the mean over the active ones: [..., A, C] -> [..., A, C]"""
+    def share(self, x: Tensor, active: Tensor) -> Tensor:
+        """With --share-delta every agent gets the mean over the active ones: [..., A, C] -> [..., A, C]"""
+        if not self.shared:
+            return x
         weights = active.unsqueeze(-1).float()
-        mean = (x * weights).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True).clamp(min=1.0)
+        total = (x * weights).sum(-2, keepdim=True)
+        count = weights.sum(-2, keepdim=True)
+        mean = total / count.clamp(min=1.0)
         return mean.expand_as(x)
 
     def forward(
         self,
-        features: torch.Tensor,
-        z: torch.Tensor | None,
-        active: torch.Tensor,
-        starts: torch.Tensor,
-        hidden: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        features: Tensor,
+        z: Tensor | None,
+        active: Tensor,
+        starts: Tensor,
+        hidden: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """features [T, N, A, F], z [T, N, A, Z] or None: each agent's subgoal, active [T, N, A], starts [T, N] (an
         episode opens here), hidden [N, A, hidden_size] -> context [T, N, A, C], hidden after step T
         """
         T, N, A = active.shape
         if self.kind == "agent-id":
-            features = torch.eye(A, device=active.device).expand(T, N, A, A)
-        x = self.encoder(features if z is None else torch.cat([features, z], dim=-1)).relu_()  # [T, N, A, C]
+            seats = torch.eye(A, device=active.device)
+            features = seats.expand(T, N, A, A)
+        if z is not None:
+            features = torch.cat([features, z], dim=-1)
+        x = self.encoder(features).relu_()  # [T, N, A, C]
         if self.kind == "joint":
             x = x + self.attend(x, active)
-        x, hidden = (x, x[-1]) if self.history == "none" else self.remember(x, starts, hidden)
-        return (self.share(x, active) if self.shared else x), hidden
+        if self.history == "none":
+            hidden = x[-1]
+        else:
+            x, hidden = self.run_history(x, starts, hidden)
+        return self.share(x, active), hidden
 
-    def attend(self, x: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: Tensor, active: Tensor) -> Tensor:
         """Scaled dot-product attention over agents: [T, N, A, C] -> [T, N, A, C]
 
         By hand, a head at a time and with the softmax along a middle dimension: for rows of a few agents twice as fast
@@ -357,184 +391,400 @@ class Context(nn.Module):
         T, N, A, C = x.shape
         size = C // self.heads
         # Agents that left are nobody's key; an agent always sees itself, so that no row is empty.
-        keys = active.reshape(T * N, A, 1) | torch.eye(A, dtype=torch.bool, device=active.device)  # [B, key, query]
+        itself = torch.eye(A, dtype=torch.bool, device=active.device)
+        keys = active.reshape(T * N, A, 1) | itself  # [B, key, query]
         bias = torch.where(keys, 0.0, -torch.inf)
-        parts, h = self.qkv(x).view(T * N, A, 3 * C).split(size, dim=-1), self.heads
+        qkv = self.qkv(x).view(T * N, A, 3 * C)
+        parts = qkv.split(size, dim=-1)  # q of every head, then k, then v: [B, A, C / heads]
         mixed = []
-        for q, k, v in zip(parts[:h], parts[h : 2 * h], parts[2 * h :], strict=True):  # [B, A, C / heads]
+        for head in range(self.heads):
+            q, k, v = parts[head :: self.heads]
             scores = torch.baddbmm(bias, k, q.transpose(1, 2), alpha=size**-0.5)  # [B, key, query]
-            mixed.append(scores.softmax(dim=1).transpose(1, 2) @ v)
-        return self.attention_out(torch.cat(mixed, dim=-1)).view(T, N, A, C)
+            attention = scores.softmax(dim=1).transpose(1, 2)
+            mixed.append(attention @ v)
+        heads = torch.cat(mixed, dim=-1)  # [B, A, C]
+        return self.attention_out(heads).view(T, N, A, C)
 
-    def remember(
-        self, x: torch.Tensor, starts: torch.Tensor, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_history(self, x: Tensor, starts: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The GRU or LSTM over time: x [T, N, A, C] -> [T, N, A, C], hidden after step T"""
         T, N, A, C = x.shape
         keep = (~starts).float().repeat_interleave(A, dim=1).unsqueeze(-1)  # [T, N] -> [T, N*A, 1]
         hidden = hidden.reshape(N * A, self.hidden_size)
         # The inputs' share of all gates at once: only the hidden state's share has to go step by step.
-        inputs = F.linear(x.reshape(T, N * A, C), self.rnn.weight_ih, self.rnn.bias_ih)  # [T, N*A, gates * C]
+        x = x.reshape(T, N * A, C)
+        inputs = F.linear(x, self.rnn.weight_ih, self.rnn.bias_ih)  # [T, N*A, gates * C]
         contexts = []
         # (unbind and split rather than indexing: their gradients are one copy instead of a zero tensor per step)
         for inputs_t, keep_t in zip(inputs.unbind(), keep.unbind(), strict=True):
             hidden = self.rnn_step(inputs_t, hidden * keep_t)
             contexts.append(hidden[:, :C] if self.history == "lstm" else hidden)
-        return torch.stack(contexts).reshape(T, N, A, C), hidden.reshape(N, A, self.hidden_size)
+        context = torch.stack(contexts).reshape(T, N, A, C)
+        return context, hidden.reshape(N, A, self.hidden_size)
 
-    def rnn_step(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def rnn_step(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         """nn.GRUCell (or nn.LSTMCell, h and c side by side) after W_ih x + b_ih: [B, gates * C] -> [B, hidden_size]"""
         C = self.size
         if self.history == "gru":
             recurrent = F.linear(hidden, self.rnn.weight_hh, self.rnn.bias_hh)
-            (gates, new), (recurrent_gates, recurrent_new) = (x.split([2 * C, C], dim=-1) for x in (inputs, recurrent))
-            reset, update = (gates + recurrent_gates).sigmoid().chunk(2, dim=-1)
-            return torch.lerp(torch.addcmul(new, reset, recurrent_new).tanh(), hidden, update)
+            gates, new = inputs.split([2 * C, C], dim=-1)
+            recurrent_gates, recurrent_new = recurrent.split([2 * C, C], dim=-1)
+            gates = (gates + recurrent_gates).sigmoid()
+            reset, update = gates.chunk(2, dim=-1)
+            new = torch.addcmul(new, reset, recurrent_new).tanh()
+            return torch.lerp(new, hidden, update)
         h, cell = hidden.chunk(2, dim=-1)
-        i, f, g, o = (inputs + F.linear(h, self.rnn.weight_hh, self.rnn.bias_hh)).chunk(4, dim=-1)
+        gates = inputs + F.linear(h, self.rnn.weight_hh, self.rnn.bias_hh)
+        i, f, g, o = gates.chunk(4, dim=-1)
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        return torch.cat([o.sigmoid() * cell.tanh(), cell], dim=-1)
+        h = o.sigmoid() * cell.tanh()
+        return torch.cat([h, cell], dim=-1)
 
 
-def hyper_sizes(args: Args) -> tuple[int, int]:
-    """K and r of a form: --hyper-basis and --hyper-rank, or what None stands for."""
-    basis = (4 if args.hyper in ("full", "low-rank") else 16) if args.hyper_basis is None else args.hyper_basis
-    rank = {"delta": 1, "low-rank": 4}.get(args.hyper, 0) if args.hyper_rank is None else args.hyper_rank
-    return basis, rank
+# ------------------------------------------------------------------------------------- hypernetworks
 
 
 class HyperNetwork(nn.Module):
     """Weights of a multilayer perceptron made from a context, without ever building a weight tensor per sample.
 
-    delta       W + sum_k a_k(c) B_k, B_k = U_k V_k of rank r:   x W + (a * (x V)) U;   r = 0: B_k is full
-    full        sum_k a_k(c) B_k with ||a|| = 1:                 sum_k a_k (x B_k)
-    last-layer  last layer: W + sum_k a_k(c) B_k; earlier ones: s(c) * (W x + b)
-    low-rank    W + A(c) B(c), A = sum_k a_k U_k, B = sum_k b_k V_k
-    The coefficients a, b, s are linear functions of the context; `code` [..., P] is what they are made from.
+    Each form is a subclass, named in FORMS; docs/hyper_mappo.md shows how to add one. `build` makes its parameters; it
+    has these four, and `mix` where several layers need the same numbers:
 
-    All but `full` start at exactly the base actor, because U or B is zero and s one (Bias-HyperInit, Beck et al. 2022).
-    In `full` every B_k starts like a standard layer and a has norm 1: by hyperfan-in (Chang et al. 2020, "Principled
-    weight initialization for hypernetworks") activations then have a standard actor's variance, for any context.
+        code(context)                         what the weights are a function of: [..., C] -> [..., P]
+        apply_layer(i, layer, x, mixture)     layer i with generated weights: x [B, in] -> [B, out]
+        squared_norms(layers, code, previous) exact ||delta_theta||^2 and ||its change||^2: [..., P] -> [...] twice
+        num_generated                         how many weights that is
     """
 
-    def __init__(self, layers: nn.ModuleList, gains: list[float], context_size: int, args: Args):
-        """layers: the base layers; gains: of their initialisation"""
+    default_basis = 16  # K, what --hyper-basis None stands for
+    default_rank: int | None = None  # r, what --hyper-rank None stands for; None: the form has no rank
+    smallest_rank = 1
+    learning_rate = 5e-4  # what --hyper-learning-rate None stands for
+    has_base = True  # False: everything is generated, there are no base layers
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        gains: list[float],
+        context_size: int,
+        basis: int,
+        rank: int,
+    ):
+        """layers: the base layers; gains: of their initialisation; basis: K; rank: r, 0 without one"""
         super().__init__()
-        self.form = args.hyper
-        self.basis, self.rank = K, r = hyper_sizes(args)
-        sizes = [(layer.in_features, layer.out_features) for layer in layers]
-        self.num_generated = sum(i * o + o for i, o in sizes)
-        self.alpha = layer_init(nn.Linear(context_size, K), 1.0) if K != context_size else nn.Identity()
-        if self.form == "low-rank":
-            self.beta = layer_init(nn.Linear(context_size, K), 1.0)
-            # Sums and copies over K as products with constants, they are faster so:
-            eye_k, eye_r = torch.eye(K), torch.eye(r)
-            spread = torch.block_diag(eye_k, eye_k).repeat_interleave(r, dim=1)  # [2K, 2K*r]
-            self.register_buffer("spread", spread, persistent=False)
-            self.register_buffer("sum_and_spread", eye_r.repeat(K, K), persistent=False)  # [K*r, K*r]
-            each_a, each_b = eye_k.repeat_interleave(K, dim=1), eye_k.repeat(1, K)  # [K, K*K]
-            self.register_buffer("pairs", torch.block_diag(each_a, each_b), persistent=False)  # [2K, 2K*K]
-        if self.form == "last-layer":
-            self.scales = nn.ModuleList(nn.Linear(context_size, o) for _, o in sizes[:-1])
-            for layer in self.scales:
-                nn.init.zeros_(layer.weight)
-                nn.init.ones_(layer.bias)
-        self.first = len(sizes) - 1 if self.form == "last-layer" else 0  # the first layer that has a sum of its own
-        self.down, self.up = nn.ModuleList(), nn.ParameterList()
-        for (size_in, size_out), gain in list(zip(sizes, gains, strict=True))[self.first :]:
-            # Weight and bias of a layer side by side, [out, in + 1]: V [K*r, in + 1], or B itself [K*out, in + 1]
-            self.down.append(layer_init(nn.Linear(size_in, K * r if r else K * size_out), 1.0))
-            if r:
-                self.up.append(nn.Parameter(torch.zeros(size_out, K * r)))  # U
-            elif self.form == "full":
-                for block in self.down[-1].weight.data.split(size_out):
-                    nn.init.orthogonal_(block, gain)
-            else:
-                nn.init.zeros_(self.down[-1].weight)
+        self.basis, self.rank = basis, rank
+        self.num_generated = num_parameters(layers)
+        self.alpha = nn.Identity()
+        if basis != context_size:
+            self.alpha = layer_init(nn.Linear(context_size, basis), 1.0)
+        self.build(layers, gains, context_size)
 
-    def code(self, context: torch.Tensor) -> torch.Tensor:
-        """[..., C] -> [..., P]"""
-        if self.form == "full":
-            return F.normalize(self.alpha(context), dim=-1)
-        if self.form == "low-rank":
-            return torch.cat([self.alpha(context), self.beta(context)], dim=-1)
-        return self.alpha(context) if self.form == "delta" else context
+    def build(self, layers: nn.ModuleList, gains: list[float], context_size: int) -> None:
+        """Makes the parameters of the form, for layers that are initialised with these gains."""
+        raise NotImplementedError
 
-    def coefficients(self, code: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A code [..., P] as a; with low-rank a, b; with last-layer (whose code is the context) a, s of each layer.
-        For rank r a and b have each number r times: [..., K*r]"""
-        if self.form == "last-layer":
-            return self.alpha(code), *(layer(code) for layer in self.scales)
-        if self.form == "low-rank":
-            return (code @ self.spread).chunk(2, dim=-1)
-        return (code.repeat_interleave(self.rank, dim=-1) if self.rank > 1 else code,)
+    def code(self, context: Tensor) -> Tensor:
+        """The coefficients a(c) of the basis: [..., C] -> [..., K]"""
+        return self.alpha(context)
+
+    def mix(self, code: Tensor) -> Any:
+        """What apply_layer needs of a code [B, P], computed once for all layers."""
+        return code
 
     def apply_layer(
-        self, i: int, layer: nn.Linear | None, x: torch.Tensor, parts: tuple[torch.Tensor, ...]
-    ) -> torch.Tensor:
-        """Layer i with generated weights. layer: its base (None in `full`), x [B, in], parts of the code -> [B, out]"""
-        y = layer(x) if layer is not None else 0.0
-        if i < self.first:
-            return y * parts[1 + i]
-        i -= self.first
-        z = self.down[i](x)  # [B, K * (r or out)]
-        if not self.rank:
-            return y + (z.unflatten(-1, (self.basis, -1)) * parts[0].unsqueeze(-1)).sum(1)
-        if self.form == "low-rank":
-            z = (z * parts[1]) @ self.sum_and_spread  # B(c) x, K times side by side
-        return y.addmm_(z * parts[0], self.up[i].T)  # in place: y is ours alone
+        self,
+        i: int,
+        layer: nn.Linear | None,
+        x: Tensor,
+        mixture: Any,
+    ) -> Tensor:
+        """Layer i with generated weights. layer: its base (None without one), x [B, in] -> [B, out]"""
+        raise NotImplementedError
 
     def squared_norms(
-        self, layers: nn.ModuleList, code: torch.Tensor, previous: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exact squared norms over all weights and biases, from Gram matrices of the B_k instead of the weights.
+        self,
+        layers: nn.ModuleList,
+        code: Tensor,
+        previous: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Exact squared norms over all weights and biases, from Gram matrices of the basis instead of the weights.
 
         code [..., P], previous [..., P]: of the step before -> ||delta_theta||^2 (without gradient), ||its change||^2
         """
-        gram = self.gram()
-        if self.form == "low-rank":  # A(c) B(c) = sum_kl a_k b_l U_k V_l is linear in the products a_k b_l
-            a, b = (torch.stack([code, previous]) @ self.pairs).chunk(2, dim=-1)
-            code, previous = (a * b).unbind()  # [..., K*K]
-        elif self.form == "last-layer":  # everything is linear in [context, 1]: a Gram matrix [C + 1, C + 1] over that
-            C = code.shape[-1]
-            identity = isinstance(self.alpha, nn.Identity)
-            alpha = torch.eye(C, C + 1, device=code.device) if identity else with_bias(self.alpha)
-            gram = alpha.T @ gram @ alpha
-            for layer, scale in zip(layers[: self.first], self.scales, strict=True):
-                rows = with_bias(layer).square().sum(-1, keepdim=True)  # s_i changes row i by s_i - 1 times that row
-                change = torch.cat([scale.weight, scale.bias.unsqueeze(-1) - 1], dim=-1)
-                gram = gram + change.T @ (rows * change)
-            code, previous = (F.pad(x, (0, 1), value=1.0) for x in (code, previous))
-        return quadratic_form(code.detach(), gram.detach()), quadratic_form(code - previous, gram)
+        raise NotImplementedError
 
-    def gram(self) -> torch.Tensor:
-        """<B_k, B_l> over all weights and biases: [K, K]; with low-rank <U_k V_l, U_m V_n>: [K*K, K*K]"""
+
+class Delta(HyperNetwork):
+    """W + sum_k a_k(c) B_k, B_k = U_k V_k of rank r:   x W + (a * (x V)) U;   r = 0: B_k is full.
+
+    Starts at exactly the base actor, because U or B is zero (Bias-HyperInit, Beck et al. 2022).
+    """
+
+    # DEVIATION: a plain linear hypernetwork makes every weight by itself; here deltas lie in a family of K matrices
+    # of rank r. (r = 0 with K = context_size is the plain one.)
+    default_rank = 1
+    smallest_rank = 0
+
+    def build(self, layers, gains, context_size):
         K, r = self.basis, self.rank
-        rows = [with_bias(down) for down in self.down]  # of each layer: [K*r or K*out, in + 1]
-        if not r:
-            return sum(x.view(K, -1) @ x.view(K, -1).T for x in rows)
-        # <U_k V_l, U_m V_n> = sum over the ranks i, j of (u_ki . u_mj) (v_li . v_nj), and over the layers x
-        down = torch.stack([x @ x.T for x in rows]).view(-1, K, r, K, r)
-        up = torch.stack([x.T @ x for x in self.up]).view(-1, K, r, K, r)
-        if self.form == "delta":
-            return (up * down).sum((0, 2, 4))
-        return torch.einsum("xkimj,xlinj->klmn", up, down).reshape(K * K, K * K)
+        self.down, self.up = nn.ModuleList(), nn.ParameterList()
+        for layer in layers:
+            if r:
+                self.down.append(make_basis(layer, K * r))  # V [K*r, in + 1]
+                self.up.append(torch.zeros(layer.out_features, K * r))  # U [out, K*r]
+            else:
+                self.down.append(zero_basis(layer, K))
+
+    def mix(self, code):
+        """Each a_k r times: [B, K] -> [B, K*r]"""
+        return code.repeat_interleave(self.rank, dim=-1) if self.rank > 1 else code
+
+    def apply_layer(self, i, layer, x, mixture):
+        y = layer(x)
+        if not self.rank:
+            return y + mixed_output(self.down[i], x, mixture)
+        return y.addmm_(self.down[i](x) * mixture, self.up[i].T)  # in place: y is ours alone
+
+    def squared_norms(self, layers, code, previous):
+        if not self.rank:
+            return norm_and_change(code, previous, basis_gram(self.down, self.basis))
+        up, down = factor_grams(self.up, self.down, self.basis)
+        gram = (up * down).sum((0, 2, 4))  # <U_k V_k, U_l V_l>: [K, K]
+        return norm_and_change(code, previous, gram)
+
+
+class Full(HyperNetwork):
+    """sum_k a_k(c) B_k with ||a|| = 1, no base:   sum_k a_k (x B_k).
+
+    Every B_k starts like a standard layer and a has norm 1: by hyperfan-in (Chang et al. 2020, "Principled weight
+    initialization for hypernetworks") activations then have a standard actor's variance, for any context.
+    """
+
+    default_basis = 4
+    has_base = False
+
+    def build(self, layers, gains, context_size):
+        self.down = nn.ModuleList()
+        for layer, gain in zip(layers, gains, strict=True):
+            self.down.append(make_basis(layer, self.basis * layer.out_features))
+            for block in self.down[-1].weight.data.split(layer.out_features):
+                nn.init.orthogonal_(block, gain)
+
+    def code(self, context):
+        return F.normalize(self.alpha(context), dim=-1)
+
+    def apply_layer(self, i, layer, x, mixture):
+        return mixed_output(self.down[i], x, mixture)
+
+    def squared_norms(self, layers, code, previous):
+        return norm_and_change(code, previous, basis_gram(self.down, self.basis))
+
+
+class LastLayer(HyperNetwork):
+    """Last layer: W + sum_k a_k(c) B_k; earlier ones: s(c) * (W x + b).
+
+    The code is the context itself. Starts at exactly the base actor: B is zero and s one.
+    """
+
+    learning_rate = 1e-4  # K full deltas of the last layer move the logits together, K times as far
+
+    def build(self, layers, gains, context_size):
+        self.scales = nn.ModuleList()
+        for layer in layers[:-1]:
+            scale = nn.Linear(context_size, layer.out_features)
+            nn.init.zeros_(scale.weight)
+            nn.init.ones_(scale.bias)
+            self.scales.append(scale)
+        self.down = nn.ModuleList([zero_basis(layers[-1], self.basis)])
+
+    def code(self, context):
+        return context
+
+    def mix(self, code):
+        """a of the last layer, then s of each earlier one."""
+        return [self.alpha(code), *(scale(code) for scale in self.scales)]
+
+    def apply_layer(self, i, layer, x, mixture):
+        alpha, *scales = mixture
+        if i < len(scales):
+            return layer(x) * scales[i]
+        return layer(x) + mixed_output(self.down[0], x, alpha)
+
+    def squared_norms(self, layers, code, previous):
+        # Everything is linear in [context, 1]: a Gram matrix [C + 1, C + 1] over that.
+        C = code.shape[-1]
+        if isinstance(self.alpha, nn.Identity):
+            alpha = torch.eye(C, C + 1, device=code.device)
+        else:
+            alpha = with_bias(self.alpha)
+        gram = alpha.T @ basis_gram(self.down, self.basis) @ alpha
+        for layer, scale in zip(layers[:-1], self.scales, strict=True):
+            rows = with_bias(layer).square().sum(-1, keepdim=True)  # s_i changes row i by s_i - 1 times that row
+            scale_change = scale.bias.unsqueeze(-1) - 1
+            change = torch.cat([scale.weight, scale_change], dim=-1)
+            gram = gram + change.T @ (rows * change)
+        with_one = F.pad(code, (0, 1), value=1.0)  # [..., C + 1]
+        previous_with_one = F.pad(previous, (0, 1), value=1.0)
+        return norm_and_change(with_one, previous_with_one, gram)
+
+
+class LowRank(HyperNetwork):
+    """W + A(c) B(c), A = sum_k a_k U_k, B = sum_k b_k V_k, both of rank r. Starts at the base actor: U is zero.
+
+    The code is a and b side by side.
+    """
+
+    default_basis = 4
+    default_rank = 4
+
+    def build(self, layers, gains, context_size):
+        K, r = self.basis, self.rank
+        self.beta = layer_init(nn.Linear(context_size, K), 1.0)
+        # Sums and copies over K as products with constants, they are faster so:
+        eye = torch.eye(K)
+        spread = torch.block_diag(eye, eye).repeat_interleave(r, dim=1)  # [2K, 2K*r]
+        sum_and_spread = torch.eye(r).repeat(K, K)  # [K*r, K*r]
+        each_a, each_b = eye.repeat_interleave(K, dim=1), eye.repeat(1, K)  # [K, K*K]
+        pairs = torch.block_diag(each_a, each_b)  # [2K, 2K*K]
+        self.register_buffer("spread", spread, persistent=False)
+        self.register_buffer("sum_and_spread", sum_and_spread, persistent=False)
+        self.register_buffer("pairs", pairs, persistent=False)
+        self.down, self.up = nn.ModuleList(), nn.ParameterList()
+        for layer in layers:
+            self.down.append(make_basis(layer, K * r))  # V [K*r, in + 1]
+            self.up.append(torch.zeros(layer.out_features, K * r))  # U [out, K*r]
+
+    def code(self, context):
+        alpha, beta = self.alpha(context), self.beta(context)
+        return torch.cat([alpha, beta], dim=-1)
+
+    def mix(self, code):
+        """a and b, each number r times: [B, 2K] -> [B, K*r] twice"""
+        return (code @ self.spread).chunk(2, dim=-1)
+
+    def apply_layer(self, i, layer, x, mixture):
+        alpha, beta = mixture
+        y = layer(x)
+        z = (self.down[i](x) * beta) @ self.sum_and_spread  # B(c) x, K times side by side: [B, K*r]
+        return y.addmm_(z * alpha, self.up[i].T)  # in place: y is ours alone
+
+    def squared_norms(self, layers, code, previous):
+        # A(c) B(c) = sum_kl a_k b_l U_k V_l is linear in the products a_k b_l.
+        both = torch.stack([code, previous])  # [2, ..., 2K]
+        alpha, beta = (both @ self.pairs).chunk(2, dim=-1)  # [2, ..., K*K]
+        products, previous_products = (alpha * beta).unbind()  # [..., K*K]
+        up, down = factor_grams(self.up, self.down, self.basis)
+        gram = torch.einsum("xkimj,xlinj->klmn", up, down)  # <U_k V_l, U_m V_n>
+        gram = gram.reshape(self.basis**2, self.basis**2)
+        return norm_and_change(products, previous_products, gram)
+
+
+FORMS: dict[str, type[HyperNetwork]] = {  # the choices of --hyper and --match-params
+    "delta": Delta,
+    "full": Full,
+    "last-layer": LastLayer,
+    "low-rank": LowRank,
+}
+
+
+def make_basis(layer: nn.Linear, size: int) -> nn.Linear:
+    """Rows [size, in + 1] (weight and bias side by side) that read what `layer` reads."""
+    return layer_init(nn.Linear(layer.in_features, size), 1.0)
+
+
+def zero_basis(layer: nn.Linear, K: int) -> nn.Linear:
+    """K weight matrices shaped like the layer's, all zero: [K*out, in + 1]"""
+    basis = make_basis(layer, K * layer.out_features)
+    nn.init.zeros_(basis.weight)
+    return basis
+
+
+def mixed_output(basis: nn.Linear, x: Tensor, alpha: Tensor) -> Tensor:
+    """sum_k a_k (x B_k): x [B, in], alpha [B, K] -> [B, out]"""
+    K = alpha.shape[-1]
+    outputs = basis(x).unflatten(-1, (K, -1))  # [B, K, out]
+    return (outputs * alpha.unsqueeze(-1)).sum(1)
+
+
+def with_bias(layer: nn.Linear) -> Tensor:
+    """Weight and bias side by side: [out, in + 1]"""
+    return torch.cat([layer.weight, layer.bias.unsqueeze(-1)], dim=-1)
+
+
+def basis_gram(bases: Iterable[nn.Linear], K: int) -> Tensor:
+    """<B_k, B_l> over weights and biases of all layers: [K, K]"""
+    grams = []
+    for basis in bases:
+        rows = with_bias(basis).view(K, -1)
+        grams.append(rows @ rows.T)
+    return sum(grams)
+
+
+def factor_grams(up: Iterable[Tensor], down: Iterable[nn.Linear], K: int) -> tuple[Tensor, Tensor]:
+    """u_ki . u_mj and v_li . v_nj of every layer, i and j over the ranks: [layers, K, r, K, r] twice.
+
+    With them <U_k V_l, U_m V_n> = sum_ij (u_ki . u_mj) (v_li . v_nj).
+    """
+    down_rows = [with_bias(layer) for layer in down]
+    down_grams = torch.stack([rows @ rows.T for rows in down_rows])
+    up_grams = torch.stack([columns.T @ columns for columns in up])
+    r = down_grams.shape[-1] // K
+    shape = (-1, K, r, K, r)
+    return up_grams.view(shape), down_grams.view(shape)
+
+
+def quadratic_form(alpha: Tensor, gram: Tensor) -> Tensor:
+    """alpha^T gram alpha, never below 0 by rounding: [..., K] -> [...]"""
+    return ((alpha @ gram) * alpha).sum(-1).clamp(min=0)
+
+
+def norm_and_change(code: Tensor, previous: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of sum_k code_k B_k (without gradient) and of its change: [..., P] -> [...] twice"""
+    norms = quadratic_form(code.detach(), gram.detach())
+    return norms, quadratic_form(code - previous, gram)
+
+
+def hyper_sizes(args: Args, form: str) -> tuple[int, int | None]:
+    """K and r of a form: --hyper-basis and --hyper-rank, or what None stands for; r None: the form has none."""
+    basis, rank = args.hyper_basis, args.hyper_rank
+    if basis is None:
+        basis = FORMS[form].default_basis
+    if rank is None:
+        rank = FORMS[form].default_rank
+    return basis, rank
+
+
+def make_hypernetwork(layers: nn.ModuleList, gains: list[float], args: Args) -> HyperNetwork:
+    basis, rank = hyper_sizes(args, args.hyper)
+    return FORMS[args.hyper](layers, gains, args.context_size, basis, rank or 0)
 
 
 def generated_mlp(
-    x: torch.Tensor, layers: nn.ModuleList, hyper: HyperNetwork | None, code: torch.Tensor | None
-) -> torch.Tensor:
+    x: Tensor,
+    layers: nn.ModuleList,
+    hyper: HyperNetwork | None,
+    code: Tensor | None,
+) -> Tensor:
     """Linear layers with ReLU between them, as they are or as `hyper` makes them: x [B, in], code [B, P] -> [B, out]"""
-    parts = hyper.coefficients(code) if hyper else ()
+    mixture = hyper.mix(code) if hyper else None
     for i, layer in enumerate(layers):
-        x = hyper.apply_layer(i, layer, x, parts) if hyper else layer(x)
-        x = x.relu_() if i + 1 < len(layers) else x
+        if hyper:
+            x = hyper.apply_layer(i, layer, x, mixture)
+        else:
+            x = layer(x)
+        if i + 1 < len(layers):
+            x = x.relu_()
     return x
+
+
+# ---------------------------------------------------------------------------------- actor and critic
 
 
 class Actor(nn.Module):
     """Shared by all agents. Its output `dist` [..., n] holds log-probabilities (Discrete), or [..., 2 D] mean and
     log standard deviation of a diagonal Gaussian (Box)."""
+
+    # DEVIATION: ReLU, no layer normalisation, no observation normalisation; without a context no recurrent network
+    # (history belongs to the context).
 
     def __init__(self, spec: dict, args: Args):
         super().__init__()
@@ -542,26 +792,39 @@ class Actor(nn.Module):
         self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"])
         self.num_ids = spec["num_agents"] if args.agent_id else 0
         # A list, so that the frozen encoder is no part of this module: it has a checkpoint of its own.
-        self.subgoals = [load_subgoals(args.subgoals, spec)] if args.subgoals else []
-        self.num_subgoals = self.subgoals[0].config["latent_size"] if self.subgoals else 0
+        self.subgoals = []
+        self.num_subgoals = history_size = 0
+        if args.subgoals:
+            self.subgoals = [load_subgoals(args.subgoals, spec)]
+            self.num_subgoals = self.subgoals[0].config["latent_size"]
+            history_size = self.subgoals[0].history_size
         self.context = self.hyper = None
+        self.hidden_size = 0
         if args.hyper != "none" or args.actor_context:
             self.context = Context(self.trunk.num_features, spec["num_agents"], self.num_subgoals, args)
-        context_size = args.context_size if self.context else 0
-        inputs = self.trunk.num_features + self.num_ids + (context_size if args.actor_context else 0)
-        H = args.hidden_size if args.match_params is None else matching_width(inputs, spec, args)
-        sizes, gains = [inputs, H, H, spec["num_actions"]], [math.sqrt(2), math.sqrt(2), 0.01]
-        self.layers = nn.ModuleList(
-            layer_init(nn.Linear(*size), gain) for size, gain in zip(itertools.pairwise(sizes), gains, strict=True)
-        )
+            self.hidden_size = self.context.hidden_size
+        self.memory_size = self.hidden_size + history_size
+
+        inputs = self.trunk.num_features + self.num_ids
+        if args.actor_context:
+            inputs += args.context_size
+        H = args.hidden_size
+        if args.match_params is not None:
+            H = matching_width(inputs, spec, args)
+        gains = [math.sqrt(2), math.sqrt(2), 0.01]
+        self.layers = make_layers([inputs, H, H, spec["num_actions"]], gains)
         if not self.discrete:
             self.logstd = nn.Parameter(torch.zeros(spec["num_actions"]))
         if args.hyper != "none":
-            self.hyper = HyperNetwork(self.layers, gains, context_size, args)
-            if args.hyper == "full":
-                self.layers = nn.ModuleList(3 * [None])  # no base weights
-        self.hidden_size = self.context.hidden_size if self.context else 0
-        self.memory_size = self.hidden_size + (self.subgoals[0].history_size if self.subgoals else 0)
+            self.hyper = make_hypernetwork(self.layers, gains, args)
+            if not self.hyper.has_base:
+                self.layers = nn.ModuleList(3 * [None])
+
+    def to(self, device: str | torch.device) -> Actor:
+        """Takes the frozen encoder along."""
+        for encoder in self.subgoals:
+            encoder.to(device)
+        return super().to(device)
 
     @property
     def sequential(self) -> bool:
@@ -570,13 +833,13 @@ class Actor(nn.Module):
 
     def forward(
         self,
-        obs: torch.Tensor,
-        action_mask: torch.Tensor | None,
-        active: torch.Tensor,
-        starts: torch.Tensor,
-        hidden: torch.Tensor,
-        z: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        obs: Tensor,
+        action_mask: Tensor | None,
+        active: Tensor,
+        starts: Tensor,
+        hidden: Tensor,
+        z: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The one forward of acting (T = 1), updating and evaluating.
 
         obs [T, N, A, *O], action_mask [T, N, A, n] or None, active [T, N, A], starts [T, N], z [T, N, A, Z] subgoals
@@ -584,64 +847,64 @@ class Actor(nn.Module):
         -> dist [T, N, A, n], the hypernetwork's code [T, N, A, P] or None, hidden after T.
         """
         x = self.trunk(obs)  # [T, N, A, F]
-        code = None
+        code = flat_code = None
         if self.context:
             context, hidden = self.context(x, z, active, starts, hidden)
             if self.hyper:
                 code = self.hyper.code(context)
+                flat_code = code.flatten(0, 2)  # [T, N, A, P] -> [T*N*A, P]
             else:
                 x = torch.cat([x, context], dim=-1)
         if self.num_ids:
-            ids = torch.eye(self.num_ids, device=x.device).expand(*x.shape[:-1], self.num_ids)
+            ids = torch.eye(self.num_ids, device=x.device)
+            ids = ids.expand(*x.shape[:-1], self.num_ids)
             x = torch.cat([x, ids], dim=-1)
-        x = generated_mlp(x.flatten(0, 2), self.layers, self.hyper, None if code is None else code.flatten(0, 2))
+        x = generated_mlp(x.flatten(0, 2), self.layers, self.hyper, flat_code)
         x = x.view(*active.shape, -1)  # [T*N*A, n] -> [T, N, A, n]
         if not self.discrete:
-            return torch.cat([x, self.logstd.expand_as(x)], dim=-1), code, hidden
+            dist = torch.cat([x, self.logstd.expand_as(x)], dim=-1)
+            return dist, code, hidden
         if action_mask is not None:
             x = x.masked_fill(~action_mask, -1e9)  # finite: 0 * log 0 must be 0 in entropy and KL
         return x.log_softmax(dim=-1), code, hidden
 
 
+def actor_inputs(batch: Batch) -> dict[str, Tensor | None]:
+    """What Actor.forward takes, from a batch of steps [T, N, ...] whose `hidden` [_, N, ...] opens with step 0's."""
+    inputs = {name: batch.get(name) for name in ("obs", "action_mask", "active", "starts", "z")}
+    return {**inputs, "hidden": batch["hidden"][0]}
+
+
 def matching_width(num_inputs: int, spec: dict, args: Args) -> int:
     """The hidden width at which a plain actor has as many parameters as the hyper actor of --match-params."""
+    hyper_args = replace(args, hyper=args.match_params, actor_context=False, match_params=None)
     with torch.random.fork_rng(devices=[]):
-        hyper_actor = Actor(spec, replace(args, hyper=args.match_params, actor_context=False, match_params=None))
+        hyper_actor = Actor(spec, hyper_args)
         context = Actor(spec, replace(args, match_params=None)).context
-    target = sum(p.numel() for p in hyper_actor.parameters()) - sum(p.numel() for p in hyper_actor.trunk.parameters())
-    target -= sum(p.numel() for p in context.parameters()) if context else 0
-    n = spec["num_actions"]
+    target = num_parameters(hyper_actor) - num_parameters(hyper_actor.trunk)
+    if context:
+        target -= num_parameters(context)
+    num_actions = spec["num_actions"]
 
-    def count(width: int) -> int:
-        return (num_inputs + 1) * width + (width + 1) * width + (width + 1) * n + (0 if spec["discrete"] else n)
+    def distance(width: int) -> int:
+        count = (num_inputs + 1) * width
+        count += (width + 1) * width
+        count += (width + 1) * num_actions
+        if not spec["discrete"]:
+            count += num_actions
+        return abs(count - target)
 
-    return min(range(1, 65_536), key=lambda width: abs(count(width) - target))
+    return min(range(1, 65_536), key=distance)
 
 
 def load_subgoals(run_dir: str, spec: dict) -> nn.Module:
     """The frozen encoder of a pretrain_vae.py run. UsageError: unreadable, or trained on other observations."""
-    from pretrain_vae import load_vae
-
     try:
         encoder = load_vae(run_dir)
         encoder.check_input("obs", spec["obs_shape"])
-    except ValueError as error:
+    except UsageError as error:
         raise UsageError(f"--subgoals: {error}") from None
     return encoder
-
-
-def start_from(args: Args, spec: dict, actor: Actor, critic: Critic, value_norm: ValueNorm) -> None:
-    """--init-from: takes over weights and value statistics. UsageError: of another env or architecture."""
-    checkpoint = load_checkpoint(args.init_from)
-    saved = Args(**checkpoint["args"])
-    differ = [name for name in ARCHITECTURE if getattr(saved, name) != getattr(args, name)]
-    if checkpoint["spec"] != spec:
-        raise UsageError(f"--init-from {args.init_from} is of env {checkpoint['spec']}, here it is {spec}")
-    if differ:
-        given = ", ".join(f"{name} {getattr(args, name)} (it has {getattr(saved, name)})" for name in differ)
-        raise UsageError(f"--init-from {args.init_from} contradicts {given}: use the same")
-    for module, name in ((actor, "actor"), (critic, "critic"), (value_norm, "value_norm")):
-        module.load_state_dict(checkpoint[name])
 
 
 class Critic(nn.Module):
@@ -651,24 +914,29 @@ class Critic(nn.Module):
     the value of an episode's last state needs nothing else.
     """
 
+    # DEVIATION: one output per agent from the plain state, not a pass per agent over its own state: A times cheaper.
+
     def __init__(self, spec: dict, args: Args):
         super().__init__()
         self.trunk = Trunk(spec["state_shape"], spec["state_scale"])
-        H, gains = args.hidden_size, [math.sqrt(2), math.sqrt(2), 1.0]
-        sizes = itertools.pairwise([self.trunk.num_features, H, H, spec["num_agents"]])
-        self.layers = nn.ModuleList(layer_init(nn.Linear(*size), gain) for size, gain in zip(sizes, gains, strict=True))
+        H = args.hidden_size
+        gains = [math.sqrt(2), math.sqrt(2), 1.0]
+        self.layers = make_layers([self.trunk.num_features, H, H, spec["num_agents"]], gains)
         self.hyper = None
         if args.hyper_critic:
             self.encoder = layer_init(nn.Linear(self.trunk.num_features, args.context_size))
-            self.hyper = HyperNetwork(self.layers, gains, args.context_size, args)
-            if args.hyper == "full":
+            self.hyper = make_hypernetwork(self.layers, gains, args)
+            if not self.hyper.has_base:
                 self.layers = nn.ModuleList(3 * [None])
 
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
+    def forward(self, state: Tensor) -> Tensor:
         features = self.trunk(state)
         x = features.flatten(0, -2)  # [..., F] -> [B, F]
-        code = self.hyper.code(self.encoder(x).relu_()) if self.hyper else None
-        return generated_mlp(x, self.layers, self.hyper, code).view(*features.shape[:-1], -1)
+        code = None
+        if self.hyper:
+            code = self.hyper.code(self.encoder(x).relu_())
+        values = generated_mlp(x, self.layers, self.hyper, code)  # [B, A]
+        return values.view(*features.shape[:-1], -1)
 
 
 class ValueNorm(nn.Module):
@@ -679,22 +947,24 @@ class ValueNorm(nn.Module):
         self.enabled, self.decay = enabled, decay
         self.register_buffer("moments", torch.zeros(3))  # decayed sums of x, x^2, 1
 
-    def update(self, returns_mean: torch.Tensor, returns_var: torch.Tensor) -> None:
-        batch = torch.stack([returns_mean, returns_var + returns_mean**2, torch.ones_like(returns_mean)])
+    def update(self, returns_mean: Tensor, returns_var: Tensor) -> None:
+        second_moment = returns_var + returns_mean**2
+        batch = torch.stack([returns_mean, second_moment, torch.ones_like(returns_mean)])
         self.moments.lerp_(batch, 1 - self.decay)
 
-    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def mean_std(self) -> tuple[Tensor, Tensor]:
         weight = self.moments[2].clamp(min=1e-8)
         mean = self.moments[0] / weight
-        std = (self.moments[1] / weight - mean**2).clamp(min=1e-4).sqrt()
+        var = self.moments[1] / weight - mean**2
+        std = var.clamp(min=1e-4).sqrt()
         seen = (self.moments[2] > 0) & self.enabled
         return torch.where(seen, mean, 0.0), torch.where(seen, std, 1.0)
 
-    def normalize(self, returns: torch.Tensor) -> torch.Tensor:
+    def normalize(self, returns: Tensor) -> Tensor:
         mean, std = self.mean_std()
         return (returns - mean) / std
 
-    def denormalize(self, values: torch.Tensor) -> torch.Tensor:
+    def denormalize(self, values: Tensor) -> Tensor:
         mean, std = self.mean_std()
         return values * std + mean
 
@@ -702,69 +972,64 @@ class ValueNorm(nn.Module):
 # ----------------------------------------------------------------------------- distributions, GAE, losses
 
 
-def sample_actions(dist: torch.Tensor, discrete: bool, deterministic: bool = False) -> torch.Tensor:
+def sample_actions(dist: Tensor, discrete: bool, deterministic: bool = False) -> Tensor:
     """dist [..., n] -> actions [...] int64; dist [..., 2 D] -> actions [..., D] float32"""
     if discrete:
         if deterministic:
             return dist.argmax(-1)
-        return (dist - torch.empty_like(dist).exponential_().log()).argmax(-1)  # Gumbel-max trick
+        noise = torch.empty_like(dist).exponential_().log()
+        return (dist - noise).argmax(-1)  # Gumbel-max trick
     mean, logstd = dist.chunk(2, dim=-1)
-    return mean if deterministic else mean + logstd.exp() * torch.randn_like(mean)
+    if deterministic:
+        return mean
+    return mean + logstd.exp() * torch.randn_like(mean)
 
 
-def log_prob(dist: torch.Tensor, actions: torch.Tensor, discrete: bool) -> torch.Tensor:
+def log_prob(dist: Tensor, actions: Tensor, discrete: bool) -> Tensor:
     """log pi(actions): [...]"""
     if discrete:
         return dist.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     mean, logstd = dist.chunk(2, dim=-1)
-    return (-0.5 * ((actions - mean) / logstd.exp()) ** 2 - logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+    distance = (actions - mean) / logstd.exp()
+    log_density = -0.5 * distance**2 - logstd - 0.5 * math.log(2 * math.pi)  # [..., D]
+    return log_density.sum(-1)
 
 
-def entropy(dist: torch.Tensor, discrete: bool) -> torch.Tensor:
+def entropy(dist: Tensor, discrete: bool) -> Tensor:
     """[...], in nats"""
     if discrete:
         return -(dist.exp() * dist).sum(-1)
-    return (dist.chunk(2, dim=-1)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+    _, logstd = dist.chunk(2, dim=-1)
+    return (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
-def kl_divergence(old: torch.Tensor, new: torch.Tensor, discrete: bool) -> torch.Tensor:
+def kl_divergence(old: Tensor, new: Tensor, discrete: bool) -> Tensor:
     """KL(old || new): [...], in nats"""
     if discrete:
         return (old.exp() * (old - new)).sum(-1)
-    (mean0, logstd0), (mean1, logstd1) = old.chunk(2, dim=-1), new.chunk(2, dim=-1)
-    var_ratio = (2 * (logstd0 - logstd1)).exp()
-    return (0.5 * (var_ratio + ((mean0 - mean1) / logstd1.exp()) ** 2 - 1) - (logstd0 - logstd1)).sum(-1)
+    old_mean, old_logstd = old.chunk(2, dim=-1)
+    new_mean, new_logstd = new.chunk(2, dim=-1)
+    log_ratio = old_logstd - new_logstd
+    var_ratio = (2 * log_ratio).exp()
+    distance = (old_mean - new_mean) / new_logstd.exp()
+    return (0.5 * (var_ratio + distance**2 - 1) - log_ratio).sum(-1)
 
 
-def masked_mean(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, weights: Tensor) -> Tensor:
     return (x * weights).sum() / weights.sum().clamp(min=1.0)
 
 
-def mean_var(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_var(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance over the samples of weight 1, those of all processes together."""
-    total, x_sum = all_sum(torch.stack([weights.sum(), (x * weights).sum()]))
-    mean = x_sum / total.clamp(min=1.0)
-    return mean, all_sum(((x - mean) ** 2 * weights).sum()) / total.clamp(min=1.0)
+    sums = torch.stack([weights.sum(), (x * weights).sum()])
+    count, x_sum = all_sum(sums)
+    count = count.clamp(min=1.0)
+    mean = x_sum / count
+    squares = ((x - mean) ** 2 * weights).sum()
+    return mean, all_sum(squares) / count
 
 
-def all_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes of torchrun; x itself without it."""
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def average_gradients(params: list[nn.Parameter]) -> None:
-    """Every process goes on with the mean gradient of all: one exchange of all of them side by side."""
-    if dist.is_initialized():
-        grads = [p.grad for p in params if p.grad is not None]
-        flat = all_sum(torch.cat([g.flatten() for g in grads])) / dist.get_world_size()
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            g.copy_(mean.view_as(g))
-
-
-def regression_loss(error: torch.Tensor, huber_delta: float | None) -> torch.Tensor:
+def regression_loss(error: Tensor, huber_delta: float | None) -> Tensor:
     """Half the squared error, linear past huber_delta; elementwise."""
     if huber_delta is None:
         return 0.5 * error**2
@@ -772,14 +1037,14 @@ def regression_loss(error: torch.Tensor, huber_delta: float | None) -> torch.Ten
 
 
 def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    next_values: torch.Tensor,
-    terminations: torch.Tensor,
-    ended: torch.Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    ended: Tensor,
     gamma: float,
     gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438): -> advantages, returns [T, N, A].
 
     All [T, N, A]. next_values is the value of what the transition t -> t+1 really led to: after a truncation the
@@ -797,8 +1062,12 @@ def compute_gae(
 
 
 def smoothness(
-    actor: Actor, code: torch.Tensor, before: torch.Tensor, active: torch.Tensor, starts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    actor: Actor,
+    code: Tensor,
+    before: Tensor,
+    active: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """How much theta changes between consecutive steps of one episode: mean ||change||^2, and without gradient
     mean ||change||, mean ||delta_theta||.
 
@@ -806,144 +1075,280 @@ def smoothness(
     starts [T, N] -> three scalars. A step that opens an episode has no predecessor.
     """
     previous = torch.stack([before, *code.unbind()[:-1]])  # (slices of code would have zero-filled gradients)
-    norms, changes = actor.hyper.squared_norms(actor.layers, code, previous)
+    norms, changes = actor.hyper.squared_norms(actor.layers, code, previous)  # [T, N, A] both
     was_active = torch.cat([active[:1], active[:-1]])
-    pairs = (active & was_active & ~starts.unsqueeze(-1)).float()  # [T, N, A]
+    pairs = active & was_active & ~starts.unsqueeze(-1)  # [T, N, A]
+    pairs = pairs.float()
     step_change = masked_mean(changes.detach().sqrt(), pairs)
-    return masked_mean(changes, pairs), step_change, masked_mean(norms.sqrt(), active.float())
-
-
-def quadratic_form(alpha: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """alpha^T gram alpha, never below 0 by rounding: [..., K] -> [...]"""
-    return ((alpha @ gram) * alpha).sum(-1).clamp(min=0)
+    delta_norm = masked_mean(norms.sqrt(), active.float())
+    return masked_mean(changes, pairs), step_change, delta_norm
 
 
 def clipped_policy_loss(
-    newlogprob: torch.Tensor, mb: dict[str, torch.Tensor], weights: torch.Tensor, clip_coef: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    newlogprob: Tensor, mb: Batch, weights: Tensor, clip_coef: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7): -> loss, log ratio, ratio"""
     logratio = (newlogprob - mb["logprobs"]) * weights
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return masked_mean(torch.max(-mb["advantages"] * ratio, -mb["advantages"] * clipped), weights), logratio, ratio
+    pg_loss = torch.max(-mb["advantages"] * ratio, -mb["advantages"] * clipped)  # [L, S, A]
+    return masked_mean(pg_loss, weights), logratio, ratio
+
+
+def value_loss(newvalue: Tensor, mb: Batch, weights: Tensor, args: Args) -> Tensor:
+    """Huber loss of the values [L, S, A], the larger of the plain and the clipped one."""
+    error = regression_loss(newvalue - mb["returns"], args.huber_delta)
+    if args.clip_vloss:
+        change = (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+        v_clipped = mb["values"] + change
+        error = torch.max(error, regression_loss(v_clipped - mb["returns"], args.huber_delta))
+    return masked_mean(error, weights)
 
 
 def ppo_loss(
-    actor: Actor, critic: Critic, mb: dict[str, torch.Tensor], args: Args
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped loss with the hypernetwork's two penalties: -> scalar loss, the numbers named in LOSSES (no grad).
+    actor: Actor,
+    critic: Critic,
+    mb: Batch,
+    args: Args,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss with the hypernetwork's two penalties: -> scalar loss, what is logged of it (no gradient).
 
     mb holds sequences [L, S, ...]: obs state action_mask active learns (whose samples count) starts actions dists
     anchor_dists logprobs advantages returns values (the last two normalised), z (subgoals), and hidden
     [1, S, A, hidden] from before their first step.
     """
     weights = mb["learns"].float()  # every mean is over agents that are active and learn
-    inputs = (mb["obs"], mb.get("action_mask"), mb["active"], mb["starts"], mb["hidden"][0], mb.get("z"))
-    dists, code, _ = actor(*inputs)
-
+    dists, code, _ = actor(**actor_inputs(mb))
     newlogprob = log_prob(dists, mb["actions"], actor.discrete)
     pg_loss, logratio, ratio = clipped_policy_loss(newlogprob, mb, weights, args.clip_coef)
     entropy_bonus = masked_mean(entropy(dists, actor.discrete), weights)
-
-    newvalue = critic(mb["state"])  # [L, S, A]
-    value_error = regression_loss(newvalue - mb["returns"], args.huber_delta)
-    if args.clip_vloss:
-        v_clipped = mb["values"] + (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
-        value_error = torch.max(value_error, regression_loss(v_clipped - mb["returns"], args.huber_delta))
-    v_loss = masked_mean(value_error, weights)
-
+    v_loss = value_loss(critic(mb["state"]), mb, weights, args)
+    # DEVIATION: the losses of actor and critic are summed and stepped by one Adam.
     loss = pg_loss - args.ent_coef * entropy_bonus + args.vf_coef * v_loss
-    smooth_loss = align_kl = delta_norm = step_change = torch.zeros_like(loss)
+
+    was_clipped = (ratio - 1).abs() > args.clip_coef
+    numbers = {
+        "losses/policy_loss": pg_loss,
+        "losses/value_loss": v_loss,
+        "losses/entropy": entropy_bonus,
+        # two estimates of KL(old || new): http://joschu.net/blog/kl-approx.html
+        "losses/old_approx_kl": masked_mean(-logratio, weights),
+        "losses/approx_kl": masked_mean((ratio - 1) - logratio, weights),
+        "losses/clipfrac": masked_mean(was_clipped.float(), weights),
+    }
     if actor.hyper:
-        before = actor.hyper.code(actor.context.previous(mb["hidden"][0], mb["active"][0]))
+        context_before = actor.context.previous(mb["hidden"][0], mb["active"][0])
+        before = actor.hyper.code(context_before)  # [S, A, P]
         change, step_change, delta_norm = smoothness(actor, code, before, mb["learns"], mb["starts"])
         smooth_loss = change / actor.hyper.num_generated
         align_kl = masked_mean(kl_divergence(mb["anchor_dists"], dists, actor.discrete), weights)
         loss = loss + args.smooth_coef * smooth_loss + args.align_coef * align_kl
-
-    # The two estimates of KL(old || new): http://joschu.net/blog/kl-approx.html
-    old_approx_kl, approx_kl = masked_mean(-logratio, weights), masked_mean((ratio - 1) - logratio, weights)
-    clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), weights)
-    numbers = (pg_loss, v_loss, entropy_bonus, old_approx_kl, approx_kl, clipfrac)
-    return loss, torch.stack([*numbers, smooth_loss, align_kl, delta_norm, step_change]).detach()
-
-
-def set_gradients(
-    loss_function: Callable,
-    actor: Actor,
-    critic: Critic,
-    batch: dict[str, torch.Tensor],
-    parts: tuple[torch.Tensor, ...],
-    args: Args,
-    parallel_map: Callable,
-) -> torch.Tensor:
-    """Every parameter's .grad becomes that of the loss over the minibatch: -> numbers of LOSSES.
-
-    parts: indices of the minibatch's sequences in the batch, cut into one part per thread; parallel_map: the threads'.
-    Parts count by their samples that learn, so that PPO's means are those of the whole minibatch; the penalty on
-    changes of theta, whose mean is over pairs of steps, differs a little where more episodes start in one part.
-    """
-    params = [*actor.parameters(), *critic.parameters()]
-    num_samples = batch["learns"][:, torch.cat(parts)].sum().clamp(min=1)
-
-    def gradients(inds: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        mb = {name: x.index_select(1, inds) for name, x in batch.items()}  # (on a CPU 8 times as fast as x[:, inds])
-        share = mb["learns"].sum() / num_samples
-        loss, numbers = loss_function(actor, critic, mb, args)
-        return torch.autograd.grad(share * loss, params, materialize_grads=True), share * numbers
-
-    grads, numbers = zip(*parallel_map(gradients, parts), strict=True)
-    for param, *of_parts in zip(params, *grads, strict=True):
-        param.grad = sum(of_parts)
-    return sum(numbers)
+        numbers["losses/smooth_loss"] = smooth_loss
+        numbers["losses/align_kl"] = align_kl
+        numbers["hyper/delta_norm"] = delta_norm
+        numbers["hyper/step_change"] = step_change
+    return loss, {name: x.detach() for name, x in numbers.items()}
 
 
-def gradient_cosine(actor: Actor, mb: dict[str, torch.Tensor], args: Args) -> torch.Tensor:
+def gradient_cosine(actor: Actor, mb: Batch, args: Args) -> Tensor:
     """Mean cosine between the agents' policy gradients: 1 all pull the same way, 0 unrelated. Scalar."""
-    inputs = (mb["obs"], mb.get("action_mask"), mb["active"], mb["starts"], mb["hidden"][0], mb.get("z"))
-    newlogprob = log_prob(actor(*inputs)[0], mb["actions"], actor.discrete)
-    params, gradients = [p for p in actor.parameters() if p.requires_grad], []
+    dists, _, _ = actor(**actor_inputs(mb))
+    newlogprob = log_prob(dists, mb["actions"], actor.discrete)
+    params = [p for p in actor.parameters() if p.requires_grad]
     learners = mb["learns"].flatten(0, 1).any(0)  # [A]
+    gradients = []
     for i in range(len(learners)):
         weights = torch.zeros_like(newlogprob)
         weights[..., i] = mb["learns"][..., i].float()
         loss, _, _ = clipped_policy_loss(newlogprob, mb, weights, args.clip_coef)
         grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-        gradients.append(torch.cat([g.flatten() for g in grads if g is not None]))
-    gradients = F.normalize(torch.stack(gradients), dim=-1)
-    pairs = (learners.unsqueeze(-1) & learners).float().triu(1)
-    return masked_mean(gradients @ gradients.T, pairs)
+        flat = [grad.flatten() for grad in grads if grad is not None]
+        gradients.append(torch.cat(flat))
+    directions = F.normalize(torch.stack(gradients), dim=-1)  # [A, parameters]
+    pairs = (learners.unsqueeze(-1) & learners).float().triu(1)  # [A, A]
+    return masked_mean(directions @ directions.T, pairs)
 
 
-# ------------------------------------------------------------------------------- evaluation, checkpoints
+# ------------------------------------------------------------------------------------------- update
+
+
+def to_sequences(batch: Batch, L: int) -> Batch:
+    """Steps as training sequences: [T, N, ...] -> [L, S, ...] with S = T*N / L; hidden [T/L, N, ...] -> [1, S, ...]."""
+    sequences = {}
+    for name, x in batch.items():
+        length = 1 if name == "hidden" else L
+        x = x.unflatten(0, (-1, length)).transpose(0, 1)  # [T, N, ...] -> [L, T/L, N, ...]
+        sequences[name] = x.flatten(1, 2)  # -> [L, S, ...]
+    return sequences
+
+
+def take_sequences(batch: Batch, inds: Tensor) -> Batch:
+    """The minibatch [L, len(inds), ...]. (index_select: on a CPU 8 times as fast as x[:, inds])"""
+    return {name: x.index_select(1, inds) for name, x in batch.items()}
+
+
+def backward_in_threads(
+    loss_function: Callable,
+    actor: Actor,
+    critic: Critic,
+    batch: Batch,
+    parts: tuple[Tensor, ...],
+    args: Args,
+    threads: ThreadPoolExecutor,
+) -> dict[str, Tensor]:
+    """loss.backward() of a minibatch, a part of it in each thread: fills every .grad, -> the numbers of the loss.
+
+    parts: indices of the minibatch's sequences in the batch, cut into one part per thread.
+    Parts count by their samples that learn, so that PPO's means are those of the whole minibatch; the penalty on
+    changes of theta, whose mean is over pairs of steps, differs a little where more episodes start in one part.
+    """
+    params = [*actor.parameters(), *critic.parameters()]
+    learns = batch["learns"][:, torch.cat(parts)]
+    num_samples = learns.sum().clamp(min=1)
+
+    def backward_part(inds: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        mb = take_sequences(batch, inds)
+        share = mb["learns"].sum() / num_samples
+        loss, numbers = loss_function(actor, critic, mb, args)
+        # (rather than backward(): threads that add to one .grad would do so in an order of chance)
+        grads = torch.autograd.grad(share * loss, params, materialize_grads=True)
+        return grads, {name: share * x for name, x in numbers.items()}
+
+    results = list(threads.map(backward_part, parts))
+    grads_of_parts = [grads for grads, _ in results]
+    for param, *grads in zip(params, *grads_of_parts, strict=True):
+        param.grad = sum(grads)
+    numbers_of_parts = [numbers for _, numbers in results]
+    totals = {}
+    for name in numbers_of_parts[0]:
+        totals[name] = sum(numbers[name] for numbers in numbers_of_parts)
+    return totals
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum over all processes of torchrun; x itself without it."""
+    if distributed.is_initialized():
+        x = x.clone()
+        distributed.all_reduce(x)
+    return x
+
+
+def average_gradients(params: list[nn.Parameter]) -> None:
+    """Every process goes on with the mean gradient of all: one exchange of all of them side by side."""
+    if not distributed.is_initialized():
+        return
+    grads = [param.grad for param in params if param.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    mean = all_sum(flat) / distributed.get_world_size()
+    means = mean.split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, means, strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+# --------------------------------------------------------------------------------- acting, evaluation
+
+
+def split_memory(actor: Actor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """memory [N, A, memory_size] -> the context's hidden state, the subgoal encoder's history"""
+    return memory.split([actor.hidden_size, actor.memory_size - actor.hidden_size], dim=-1)
+
+
+@torch.no_grad()
+def state_values(critic: Critic, value_norm: ValueNorm, state: Tensor) -> Tensor:
+    """V in units of return: state [..., *S] -> [..., A]"""
+    return value_norm.denormalize(critic(state))
 
 
 @torch.no_grad()
 def act(
-    actor: Actor, step: EnvStep, starts: torch.Tensor, memory: torch.Tensor, deterministic: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """One env step: actions [N, A] or [N, A, D], dist [N, A, n], subgoals z [N, A, Z] or None, memory to carry on.
-
-    memory [N, A, memory_size]: the context's hidden state, then the subgoal encoder's history.
-    """
-    hidden, history = memory.split([actor.hidden_size, actor.memory_size - actor.hidden_size], dim=-1)
+    actor: Actor,
+    step: EnvStep,
+    starts: Tensor,
+    memory: Tensor,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """One env step: actions [N, A] or [N, A, D], dist [N, A, n], subgoals z [N, A, Z] or None, memory to carry on."""
+    hidden, history = split_memory(actor, memory)
     z = None
     if actor.subgoals:
         history = history * (~starts).float().view(-1, 1, 1)
         z = actor.subgoals[0].encode(step.obs, history)
-    action_mask = None if step.action_mask is None else step.action_mask.unsqueeze(0)
-    inputs = (step.obs.unsqueeze(0), action_mask, step.active.unsqueeze(0), starts.unsqueeze(0), hidden)
-    dists, _, hidden = actor(*inputs, None if z is None else z.unsqueeze(0))
+    inputs = {
+        "obs": step.obs,
+        "action_mask": step.action_mask,
+        "active": step.active,
+        "starts": starts,
+        "hidden": hidden,
+        "z": z,
+    }
+    one_step = {}
+    for name, x in inputs.items():
+        if x is not None:
+            one_step[name] = x.unsqueeze(0)  # [N, ...] -> [1, N, ...]
+    dists, _, hidden = actor(**actor_inputs(one_step))
     actions = sample_actions(dists[0], actor.discrete, deterministic)
-    return actions, dists[0], z, torch.cat([hidden, history], dim=-1)
+    memory = torch.cat([hidden, history], dim=-1)
+    return actions, dists[0], z, memory
 
 
-def remember(actor: Actor, step: EnvStep, actions: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+def remember(actor: Actor, step: EnvStep, actions: Tensor, memory: Tensor) -> Tensor:
     """The memory after all seats' `actions` at `step` are known: who did what is the subgoal encoder's history."""
     if not actor.subgoals:
         return memory
-    hidden, history = memory.split([actor.hidden_size, actor.memory_size - actor.hidden_size], dim=-1)
-    return torch.cat([hidden, actor.subgoals[0].observe(history, step.obs, actions)], dim=-1)
+    hidden, history = split_memory(actor, memory)
+    history = actor.subgoals[0].observe(history, step.obs, actions)
+    return torch.cat([hidden, history], dim=-1)
+
+
+class Policy:
+    """A run folder's policy for other programs: a player as envs/players.py describes them.
+
+    UsageError: no run folder of this script.
+    """
+
+    def __init__(self, run_dir: str | Path, device: str | torch.device = "cpu"):
+        checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT, device)
+        self.args = restore_args(Args, checkpoint["args"], run_dir)
+        self.spec, self.device = checkpoint["spec"], torch.device(device)
+        self.actor = Actor(self.spec, self.args).to(device).requires_grad_(False)
+        self.actor.load_state_dict(checkpoint["actor"])
+
+    def initial_state(self, num_envs: int) -> Tensor:
+        return torch.zeros(num_envs, self.spec["num_agents"], self.actor.memory_size, device=self.device)
+
+    def act(self, step: EnvStep, memory: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+        """-> actions [N, A] or [N, A, D], memory. Where the last `step` ended an episode, memory starts afresh."""
+        actions, _, _, memory = act(self.actor, step, step.episode_over, memory, deterministic)
+        return actions, memory
+
+    def remember(self, step: EnvStep, actions: Tensor, memory: Tensor) -> Tensor:
+        return remember(self.actor, step, actions, memory)
+
+
+def make_policy(name: str, env: VecEnv) -> Policy | FixedPolicy:
+    """A policy that acts in all seats of all envs. UsageError for an unknown name or a policy of another env.
+
+    name: "random" (any env), a scripted player of the env, or a run folder.
+    """
+    if not (Path(name) / "latest.pt").exists():
+        return scripted_player(name, env)
+    policy = Policy(name, env.device)
+    shapes = {"obs_shape": list(env.obs_shape), "num_agents": env.num_agents}
+    trained = {key: policy.spec[key] for key in shapes}
+    if trained != shapes:
+        raise UsageError(f"{name} was trained with {trained}, but {env.env_id} has {shapes}; use its env")
+    return policy
+
+
+def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
+    """V of a run folder, in units of return: state [..., *S] -> values [..., A]. UsageError as load_checkpoint."""
+    checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT, device)
+    args = restore_args(Args, checkpoint["args"], run_dir)
+    critic = Critic(checkpoint["spec"], args).to(device)
+    critic.load_state_dict(checkpoint["critic"])
+    value_norm = ValueNorm(args.value_norm).to(device)
+    value_norm.load_state_dict(checkpoint["value_norm"])
+    return functools.partial(state_values, critic, value_norm)
 
 
 def evaluate(
@@ -954,7 +1359,7 @@ def evaluate(
     deterministic: bool = False,
     frames: list | None = None,
     partners: Partners | None = None,
-) -> dict[str, torch.Tensor]:
+) -> Batch:
     """Plays episodes with the forward of training: {"returns": [num_episodes, A], "lengths": [num_episodes]}.
 
     Every env plays a fixed share of the episodes, so that short ones are not over-represented.
@@ -967,274 +1372,106 @@ def evaluate(
     step = env.reset(seed)
     starts = torch.ones(N, dtype=torch.bool, device=env.device)
     memory = torch.zeros(N, env.num_agents, actor.memory_size, device=env.device)
-    with tqdm(total=num_episodes, desc="evaluation", unit="episode", disable=None) as bar:
-        while len(returns) < num_episodes:
-            if frames is not None:
-                frames.append(env.render())
-            actions, _, _, memory = act(actor, step, starts, memory, deterministic)
-            actions = partners.play(step, actions) if partners else actions
-            memory = remember(actor, step, actions, memory)
-            step = env.step(actions)
-            starts = step.episode_over
-            for i in starts.nonzero().flatten().tolist():
-                if shares[i] > 0:
-                    shares[i] -= 1
-                    returns.append(step.episode_returns[i].cpu())
-                    lengths.append(step.episode_lengths[i].cpu())
-                    bar.update()
+    bar = tqdm(total=num_episodes, desc="evaluation", unit="episode", disable=None)
+    while len(returns) < num_episodes:
+        if frames is not None:
+            frames.append(env.render())
+        actions, _, _, memory = act(actor, step, starts, memory, deterministic)
+        if partners:
+            actions = partners.play(step, actions)
+        memory = remember(actor, step, actions, memory)
+        step = env.step(actions)
+        starts = step.episode_over
+        for i in starts.nonzero().flatten().tolist():
+            if shares[i] > 0:
+                shares[i] -= 1
+                returns.append(step.episode_returns[i].cpu())
+                lengths.append(step.episode_lengths[i].cpu())
+                bar.update()
+    bar.close()
     return {"returns": torch.stack(returns), "lengths": torch.stack(lengths)}
 
 
-def evaluate_run(actor: Actor, args: Args, run_dir: Path, device: torch.device) -> None:
+def evaluate_run(
+    actor: Actor,
+    args: Args,
+    checked: CheckedEnv,
+    run_dir: Path,
+    device: torch.device,
+) -> None:
     """The closing evaluation, always on the genuine env with seeds of its own: prints, eval.json, video.gif."""
-    env_kwargs, seed = json.loads(args.env_kwargs), args.seed + EVAL_SEED
+    seed = args.seed + EVAL_SEED
     if args.eval_episodes:
-        num_procs = min(env_procs(args, "pettingzoo"), args.eval_episodes)
-        env = make_vec_env(args.env_id, max(1, num_procs), device, seed, "pettingzoo", num_procs, **env_kwargs)
-        partners = Partners(args.partners, env)
+        num_procs = min(env_procs(args), args.eval_episodes)
+        env = make_vec_env(checked, max(1, num_procs), device, seed, "pettingzoo", num_procs)
+        partners = Partners(args.partners, env, make_policy)
         played = evaluate(actor, env, args.eval_episodes, seed, args.eval_deterministic, partners=partners)
         env.close()
-        team = played["returns"][:, : partners.first_seat].mean(dim=1)  # [episodes, A] -> [episodes]: who learns
-        n = len(team)
-        half = float(team.std() * student_t.ppf(0.975, n - 1) / math.sqrt(n)) if n > 1 else math.nan
-        report = {"env_id": env.env_id, "backend": env.backend, "episodes": n, "seed": seed}
-        report |= {"deterministic": args.eval_deterministic, "mean_return": float(team.mean())}
-        report |= {"interval_95": half if n > 1 else None, "returns": team.tolist()}
-        report |= {"mean_return_per_agent": played["returns"].mean(dim=0).tolist()}
-        report |= {"mean_length": float(played["lengths"].float().mean())}
-        (run_dir / "eval.json").write_text(json.dumps(report, indent=2))
-        result = f"return per agent {team.mean():.2f} ± {half:.2f} (95 % interval, {n} episodes)"
-        print(f"evaluation on genuine {env.env_id}: {result}, length {report['mean_length']:.0f}")
+        report = evaluation_report(played, partners.first_seat)
+        described = {"env_id": env.env_id, "backend": env.backend, "seed": seed}
+        described["deterministic"] = args.eval_deterministic
+        write_json(run_dir / "eval.json", {**described, **report})
+        result = f"return per agent {report['mean_return']:.2f}"
+        if report["interval_95"] is not None:
+            result += f" ± {report['interval_95']:.2f} (95 % interval)"
+        result += f", {args.eval_episodes} episodes of mean length {report['mean_length']:.0f}"
+        print(f"evaluation on genuine {env.env_id}: {result}")
     if args.capture_video:
-        env = make_vec_env(args.env_id, 1, device, seed, "pettingzoo", render_mode="rgb_array", **env_kwargs)
+        env = make_vec_env(checked, 1, device, seed, "pettingzoo", render_mode="rgb_array")
+        partners = Partners(args.partners, env, make_policy)
         frames: list[np.ndarray] = []
-        evaluate(actor, env, 1, seed, args.eval_deterministic, frames, Partners(args.partners, env))
+        evaluate(actor, env, 1, seed, args.eval_deterministic, frames, partners)
         env.close()
         imageio.mimsave(run_dir / "video.gif", frames, duration=60, loop=0)
         print(f"video    {run_dir / 'video.gif'} ({len(frames)} frames)")
 
 
-# --- same in: pretrain_vae.py, world_model.py [checkpoint files] ---
-def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Writes to a temporary file beside `path` and renames it: a crash leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The checkpoint dict of a run folder (or of a .pt file). ValueError: missing, unreadable or another script's."""
-    path = Path(run_dir)
-    path = path / "latest.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}: give a run folder that holds latest.pt")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): give another run") from error
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if found != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} has format {found!r}, expected {CHECKPOINT_FORMAT!r}: give a run of this script")
-    return checkpoint
-
-
-# --- end [checkpoint files] ---
-
-
-class Policy:
-    """A run folder's policy for other programs.
-
-    memory = initial_state(N), then for each step: actions, memory = act(step, memory), and once the joint action is
-    known, of which its own may be a part: memory = remember(step, joint_actions, memory)
-    """
-
-    def __init__(self, run_dir: str | Path, device: str | torch.device = "cpu"):
-        checkpoint = load_checkpoint(run_dir, device)
-        self.args, self.spec, self.device = Args(**checkpoint["args"]), checkpoint["spec"], torch.device(device)
-        self.actor = Actor(self.spec, self.args).to(device).requires_grad_(False)
-        self.actor.load_state_dict(checkpoint["actor"])
-
-    def initial_state(self, num_envs: int) -> torch.Tensor:
-        return torch.zeros(num_envs, self.spec["num_agents"], self.actor.memory_size, device=self.device)
-
-    def act(self, step: EnvStep, memory: torch.Tensor, deterministic: bool = False) -> tuple[torch.Tensor, ...]:
-        """-> actions [N, A] or [N, A, D], memory. Where the last `step` ended an episode, memory starts afresh."""
-        actions, _, _, memory = act(self.actor, step, step.episode_over, memory, deterministic)
-        return actions, memory
-
-    def remember(self, step: EnvStep, actions: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        return remember(self.actor, step, actions, memory)
-
-
-load_policy = Policy
-
-
-def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
-    """V of a run folder, in units of return: state [..., *S] -> values [..., A]. ValueError as load_checkpoint."""
-    checkpoint = load_checkpoint(run_dir, device)
-    args = Args(**checkpoint["args"])
-    critic = Critic(checkpoint["spec"], args).to(device)
-    critic.load_state_dict(checkpoint["critic"])
-    value_norm = ValueNorm(args.value_norm).to(device)
-    value_norm.load_state_dict(checkpoint["value_norm"])
-    return torch.no_grad()(lambda state: value_norm.denormalize(critic(state)))
-
-
-# ----------------------------------------------------------------------------------------------- partners
-
-
-class FixedPolicy:
-    """A policy without memory, with the methods of Policy. `choose`: step -> actions [N, A] or [N, A, D]"""
-
-    def __init__(self, choose: Callable[[EnvStep], torch.Tensor]):
-        self.choose = choose
-
-    def initial_state(self, num_envs: int) -> None:
-        return None
-
-    def act(self, step: EnvStep, memory: None) -> tuple[torch.Tensor, None]:
-        return self.choose(step), None
-
-    def remember(self, step: EnvStep, actions: torch.Tensor, memory: None) -> None:
-        return None
-
-
-def make_policy(name: str, env: VecEnv) -> Policy | FixedPolicy:
-    """A policy that acts in all seats of all envs. ValueError for an unknown name or a policy of another env.
-
-    name: "random" (any env), a scripted player of the stag hunt, or a run folder.
-    """
-    if (Path(name) / "latest.pt").exists():
-        policy = load_policy(name, env.device)
-        shapes = {"obs_shape": list(env.obs_shape), "num_agents": env.num_agents}
-        trained = {key: policy.spec[key] for key in shapes}
-        if trained != shapes:
-            raise ValueError(f"{name} was trained with {trained}, but {env.env_id} has {shapes}; use its env")
-        return policy
-    is_stag_hunt = env.env_id in stag_hunt.PRESETS
-    scripted = stag_hunt.SCRIPTED if is_stag_hunt else ("random",)
-    if name not in scripted:
-        raise ValueError(
-            f"policy: expected {', '.join(scripted)} or a run folder with latest.pt, got {name!r}; name one of these"
-        )
-    if is_stag_hunt:
-        A = env.num_agents
-        planes = torch.cat([stag_hunt.ego_order(A), torch.arange(A, A + 3).expand(A, 3)], dim=1).to(env.device)
-
-        def choose(step: EnvStep) -> torch.Tensor:
-            whole_map = step.state[..., planes].movedim(-2, 1)  # [N, H, W, A+3] -> [N, A, H, W, A+3]: as seats count
-            return stag_hunt.sample_actions(stag_hunt.action_probs(name, whole_map, step.action_mask))  # [N, A]
-
-    elif isinstance(env.action_space, gym.spaces.Discrete):
-
-        def choose(step: EnvStep) -> torch.Tensor:
-            legal = torch.ones(*step.active.shape, env.action_space.n, device=env.device)  # [N, A, n]
-            legal = legal if step.action_mask is None else step.action_mask.float()
-            return torch.multinomial(legal.flatten(0, 1), 1).view(step.active.shape)
-
-    else:
-        low, high = (torch.as_tensor(x, device=env.device) for x in (env.action_space.low, env.action_space.high))
-        if not (low.isfinite() & high.isfinite()).all():
-            raise ValueError(f"random expected a bounded action space, got {env.action_space}; use another policy")
-
-        def choose(step: EnvStep) -> torch.Tensor:
-            return low + (high - low) * torch.rand(*step.active.shape, *low.shape, device=env.device)
-
-    return FixedPolicy(choose)
-
-
-def parse_partners(partners: tuple[str, ...]) -> list[tuple[str, int]]:
-    """("nearest_stag:2", "random:1") -> [("nearest_stag", 2), ("random", 1)]. UsageError where that is not its form."""
-    parsed = []
-    for partner in partners:
-        name, _, seats = partner.rpartition(":")
-        if not name or not seats.isdigit() or int(seats) < 1:
-            raise UsageError(f"--partners expects NAME:SEATS with at least 1 seat, like random:1, got {partner!r}")
-        parsed.append((name, int(seats)))
-    return parsed
-
-
-class Partners:
-    """Fixed partners in the last seats of every env. UsageError: more than there are seats, or unusable ones."""
-
-    def __init__(self, partners: tuple[str, ...], env: VecEnv):
-        parsed = parse_partners(partners)
-        self.first_seat = seat = env.num_agents - sum(seats for _, seats in parsed)  # the seats before it learn
-        if seat < 1:
-            raise UsageError(
-                f"--partners fill {env.num_agents - seat} seats of {env.env_id}, which has {env.num_agents}: "
-                "leave at least 1 to learn"
-            )
-        self.policies, self.memories, self.first_seats = [], [], []
-        for name, seats in parsed:
-            try:
-                self.policies.append(make_policy(name, env))
-            except ValueError as error:
-                raise UsageError(f"--partners: {error}") from None
-            self.memories.append(self.policies[-1].initial_state(env.num_envs))
-            self.first_seats.append(seat)
-            seat += seats
-
-    @torch.no_grad()
-    def play(self, step: EnvStep, actions: torch.Tensor) -> torch.Tensor:
-        """The learners' actions [N, A] or [N, A, D] with the partners' own in their seats."""
-        for i, (policy, first_seat) in enumerate(zip(self.policies, self.first_seats, strict=True)):
-            chosen, self.memories[i] = policy.act(step, self.memories[i])
-            actions = torch.cat([actions[:, :first_seat], chosen[:, first_seat:]], dim=1)
-        for i, policy in enumerate(self.policies):
-            self.memories[i] = policy.remember(step, actions, self.memories[i])
-        return actions
-
-
-# -------------------------------------------------------------------------------------------- small parts
-
-
-def env_spec(env: VecEnv) -> dict:
-    """What the networks need to know of an env; saved in the checkpoint."""
-    discrete = isinstance(env.action_space, gym.spaces.Discrete)
+def evaluation_report(played: Batch, first_seat: int) -> dict:
+    """What `evaluate` returned, in numbers; the return is that of the seats before first_seat, who learn."""
+    returns = played["returns"]  # [episodes, A]
+    team = returns[:, :first_seat].mean(dim=1)  # [episodes, A] -> [episodes]
+    num_episodes = len(team)
+    interval = None
+    if num_episodes > 1:
+        interval = float(team.std() * student_t.ppf(0.975, num_episodes - 1) / math.sqrt(num_episodes))
     return {
-        "env_id": env.env_id,
-        "num_agents": env.num_agents,
-        "obs_shape": list(env.obs_shape),
-        "obs_scale": env.obs_scale,
-        "state_shape": list(env.state_shape),
-        "state_scale": env.state_scale,
-        "discrete": discrete,
-        "num_actions": int(env.action_space.n) if discrete else int(env.action_space.shape[0]),
+        "episodes": num_episodes,
+        "mean_return": float(team.mean()),
+        "interval_95": interval,
+        "returns": team.tolist(),
+        "mean_return_per_agent": returns.mean(dim=0).tolist(),
+        "mean_length": float(played["lengths"].float().mean()),
     }
 
 
-def env_procs(args: Args, backend: str) -> int:
-    if backend == "batched":
-        return 0
-    return default_env_procs(args.num_envs or 8) if args.num_env_procs is None else args.num_env_procs
+def evaluate_only(args: Args) -> Path:
+    """--evaluate: nothing is trained, the run folder gets a new eval.json."""
+    device = get_device(args.cuda)
+    policy = Policy(args.evaluate, device)
+    run_dir = Path(args.evaluate)
+    evaluate_run(policy.actor, args, check_env_args(args), run_dir, device)
+    return run_dir
 
 
-# --- same in: pretrain_vae.py, world_model.py [limits] ---
-def check_limits(args: object, limits: dict[str, tuple[Callable, str]]) -> None:
-    """ValueError for a number that is not what `limits` asks for: {what it must be: (whether it is, names of flags)}.
-    None, where a flag takes it, passes; NaN never does."""
-    for limit, (holds, names) in limits.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+# ---------------------------------------------------------------------------------------- arguments
 
 
-# --- end [limits] ---
+def check_args(args: Args, device: torch.device, world_size: int = 1) -> tuple[Args, CheckedEnv]:
+    """What can be wrong before an env is made, beside single numbers (LIMITS): UsageError in one line.
 
-
-def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
-    """What can be wrong before an env is made, beside single numbers (check_limits): UsageError in one line.
-
-    -> backend, num_envs (of all processes together), num_minibatches
+    -> the arguments with what None stood for (num_envs: of all processes together), and the env
     """
+    refuse_useless_flags(args)
+    check_form(args)
+    parse_partners(args.partners)
+    checked = check_env_args(args)
+    resolved = resolve(args, checked.backend, device, world_size)
+    check_sizes(resolved, world_size)
+    return resolved, checked
 
-    def flag(name: str) -> str:
-        return "--" + name.replace("_", "-")
+
+def refuse_useless_flags(args: Args) -> None:
+    """UsageError for flags that would do nothing: whoever gives one expects otherwise."""
 
     def refuse(names: list[str], why: str) -> None:
         given = [flag(name) for name in names if getattr(args, name) != getattr(Args, name)]
@@ -1248,320 +1485,572 @@ def check_args(args: Args, world_size: int = 1) -> tuple[str, int, int]:
     if args.hyper != "none":
         refuse(["actor_context"], f"with --hyper {args.hyper}: it is the control for --hyper none")
         refuse(["match_params"], f"with --hyper {args.hyper}: it sizes the plain actor of --hyper none")
-    form = args.match_params or args.hyper
-    if form not in ("delta", "low-rank"):
-        refuse(["hyper_rank"], f"with --hyper {form}: only delta and low-rank have one")
-    if args.hyper_rank is not None and args.hyper_rank < (form == "low-rank"):
-        raise UsageError(f"--hyper-rank must be at least {int(form == 'low-rank')} with {form}, got {args.hyper_rank}")
     if args.hyper_context == "agent-id":
-        constant = [] if args.subgoals else ["chunk_length", "smooth_coef"]
-        refuse(["history", "share_delta", *constant], "with --hyper-context agent-id, which never changes")
+        constant = ["history", "share_delta"]
+        if not args.subgoals:
+            constant += ["chunk_length", "smooth_coef"]
+        refuse(constant, "with --hyper-context agent-id, which never changes")
     if args.hyper_context == "local":
         refuse(["share_delta"], "with --hyper-context local: it needs all agents' contexts")
+
+
+def generating_form(args: Args) -> str | None:
+    """The form whose sizes count: that of --hyper, or the one that --match-params is sized after."""
+    form = args.match_params or args.hyper
+    return None if form == "none" else form
+
+
+def check_form(args: Args) -> None:
+    """UsageError for a size that the form cannot have."""
+    form = generating_form(args)
+    if form is not None and args.hyper_rank is not None:
+        if FORMS[form].default_rank is None:
+            with_rank = [name for name in FORMS if FORMS[name].default_rank is not None]
+            raise UsageError(
+                f"--hyper-rank would do nothing with --hyper {form}: only {' and '.join(with_rank)} have one"
+            )
+        smallest = FORMS[form].smallest_rank
+        if args.hyper_rank < smallest:
+            raise UsageError(f"--hyper-rank must be at least {smallest} with {form}, got {args.hyper_rank}")
     if args.context_size % args.context_heads:
         raise UsageError(f"--context-size {args.context_size} is no multiple of --context-heads {args.context_heads}")
-    parse_partners(args.partners)
+
+
+def check_env_args(args: Args) -> CheckedEnv:
     try:
         env_kwargs = json.loads(args.env_kwargs)
-        backend = check_env(args.env_id, args.backend, env_kwargs)
     except json.JSONDecodeError:
         raise UsageError(f"--env-kwargs must be JSON like '{{\"max_cycles\": 100}}', got {args.env_kwargs!r}") from None
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    num_envs = args.num_envs or (128 if backend == "batched" else 8)
+    return check_env(args.env_id, args.backend, env_kwargs)
+
+
+def env_procs(args: Args) -> int:
+    """Worker processes of genuine envs."""
+    if args.num_env_procs is None:
+        return default_env_procs(args.num_envs or 8)
+    return args.num_env_procs
+
+
+def resolve(args: Args, backend: str, device: torch.device, world_size: int) -> Args:
+    """The arguments with what None and "auto" stand for, so that they alone repeat the run: see args.json."""
+    batched = backend == "batched"
+    num_envs, num_minibatches = args.num_envs, args.num_minibatches
+    if num_envs is None:
+        num_envs = 128 if batched else 8
+    if num_minibatches is None:
+        num_minibatches = 8 if batched else 4
+    update_threads = args.update_threads
+    if update_threads is None:
+        alone_on_cpu = device.type == "cpu" and world_size == 1
+        update_threads = min(2, num_cpus()) if alone_on_cpu else 1
+    num_threads = args.num_threads
+    if num_threads is None:
+        num_threads = torch.get_num_threads()
+    resolved = replace(
+        with_form_sizes(args),
+        backend=backend,
+        num_envs=num_envs,
+        num_minibatches=num_minibatches,
+        num_env_procs=env_procs(args),
+        num_threads=num_threads,
+        update_threads=update_threads,
+        resume=None,
+    )
+    if args.hyper != "none" and args.hyper_learning_rate is None:
+        return replace(resolved, hyper_learning_rate=FORMS[args.hyper].learning_rate)
+    return resolved
+
+
+def with_form_sizes(args: Args) -> Args:
+    """The arguments with the sizes that --hyper-basis None and --hyper-rank None stand for."""
+    form = generating_form(args)
+    if form is None:
+        return args
+    basis, rank = hyper_sizes(args, form)
+    return replace(args, hyper_basis=basis, hyper_rank=rank)
+
+
+def check_sizes(args: Args, world_size: int) -> None:
+    """UsageError where envs, steps and minibatches do not fit each other."""
+    num_envs, num_steps = args.num_envs, args.num_steps
     if num_envs % world_size:
         raise UsageError(f"--num-envs {num_envs} cannot be shared by {world_size} processes: choose a multiple")
-    batch = num_envs * args.num_steps
-    if args.total_timesteps < batch:
+    batch_size = num_envs * num_steps
+    if args.total_timesteps < batch_size:
         raise UsageError(
-            f"--total-timesteps {args.total_timesteps} gives no update: one rollout takes {batch} env steps "
-            f"({num_envs} envs x {args.num_steps} steps); raise it, or lower --num-envs or --num-steps"
+            f"--total-timesteps {args.total_timesteps} gives no update: one rollout takes {batch_size} env steps "
+            f"({num_envs} envs x {num_steps} steps); raise it, or lower --num-envs or --num-steps"
         )
-    sequential = (args.hyper != "none" or args.actor_context) and (args.hyper_context != "agent-id" or args.subgoals)
-    if args.num_steps % args.chunk_length:
-        raise UsageError(f"--chunk-length {args.chunk_length} does not divide --num-steps {args.num_steps}")
-    sequences = batch // (args.chunk_length if sequential else 1) // world_size
-    num_minibatches = args.num_minibatches or (8 if backend == "batched" else 4)
-    if sequences % num_minibatches:
-        what = f"sequences of {args.chunk_length} steps" if sequential else "env steps of a rollout"
-        raise UsageError(f"--num-minibatches {num_minibatches} does not divide the {sequences} {what} of a process")
-    return backend, num_envs, num_minibatches
+    if num_steps % args.chunk_length:
+        raise UsageError(f"--chunk-length {args.chunk_length} does not divide --num-steps {num_steps}")
+    has_context = args.hyper != "none" or args.actor_context
+    sequential = has_context and (args.hyper_context != "agent-id" or args.subgoals)
+    what, length = "env steps of a rollout", 1
+    if sequential:
+        what, length = f"sequences of {args.chunk_length} steps", args.chunk_length
+    sequences = batch_size // length // world_size
+    if sequences % args.num_minibatches:
+        given = f"--num-minibatches {args.num_minibatches}"
+        raise UsageError(f"{given} does not divide the {sequences} {what} of a process")
 
 
-def record(rollout: dict[str, torch.Tensor], t: int, num_steps: int, **tensors: torch.Tensor | None) -> None:
-    """rollout[name][t] = tensor, allocating [num_steps, *tensor.shape] the first time; None is left out."""
-    for name, x in tensors.items():
-        if x is not None:
-            if name not in rollout:
-                rollout[name] = torch.empty(num_steps, *x.shape, dtype=x.dtype, device=x.device)
-            rollout[name][t] = x
+def saved_run(args: Args) -> tuple[Args, list[str]] | None:
+    """Of the run folder that the flags name: its Args, the defaults of all others, and what they must not change."""
+    run_dir = args.resume or args.evaluate or args.init_from
+    if not run_dir:
+        return None
+    checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT)
+    saved = restore_args(Args, checkpoint["args"], run_dir)
+    if args.resume:
+        return saved, FIXED_BY_CHECKPOINT
+    if args.evaluate:
+        return saved, [name for name in FIXED_BY_CHECKPOINT if name != "partners"]
+    architecture = {name: getattr(saved, name) for name in ARCHITECTURE}
+    return replace(Args(), **architecture), ARCHITECTURE
 
 
-def open_metrics(path: Path, columns: list[str], keep_until: int) -> IO[str]:
-    """metrics.csv, a row per update, opened to append; rows past global_step `keep_until` are dropped (resume)."""
-    kept = []
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["global_step"]) <= keep_until]
-    file = open(path, "w", newline="", buffering=1)
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(kept)
-    return file
+# -------------------------------------------------------------------------------- parts of a training run
 
 
-def compile_works(device: torch.device) -> bool:
-    """Tries torch.compile on one small function; where it fails (no C++ compiler, say) prints why in one line."""
-    try:
-        torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
-    except Exception as error:  # whatever is missing: training goes on without it
-        print(f"--compile does not work here ({type(error).__name__}), going on without")
-        return False
-    return True
+def env_spec(env: VecEnv) -> dict:
+    """What the networks need to know of an env; saved in the checkpoint."""
+    discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    num_actions = env.action_space.n if discrete else env.action_space.shape[0]
+    return {
+        "env_id": env.env_id,
+        "num_agents": env.num_agents,
+        "obs_shape": list(env.obs_shape),
+        "obs_scale": env.obs_scale,
+        "state_shape": list(env.state_shape),
+        "state_scale": env.state_scale,
+        "discrete": discrete,
+        "num_actions": int(num_actions),
+    }
 
 
 def count_multiplications(spec: dict, args: Args) -> int:
     """Multiply-adds of all matrix products in one forward of actor and critic, per agent and env step."""
+    T, A = 8, spec["num_agents"]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        actor, critic, T, A = Actor(spec, args), Critic(spec, args), 8, spec["num_agents"]
-        flags, starts = torch.ones(T, 1, A, dtype=torch.bool), torch.zeros(T, 1, dtype=torch.bool)
-        z = torch.zeros(T, 1, A, actor.num_subgoals) if actor.subgoals else None
-        missing = {  # what PyTorch's own table of operations leaves out
-            torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]
+        actor, critic = Actor(spec, args), Critic(spec, args)
+        inputs = {
+            "obs": torch.zeros(T, 1, A, *spec["obs_shape"]),
+            "active": torch.ones(T, 1, A, dtype=torch.bool),
+            "starts": torch.zeros(T, 1, dtype=torch.bool),
+            "hidden": torch.zeros(1, 1, A, actor.hidden_size),
         }
-        with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-            hidden = torch.zeros(1, A, actor.hidden_size)
-            actor(torch.zeros(T, 1, A, *spec["obs_shape"]), None, flags, starts, hidden, z)
-            critic(torch.zeros(T, 1, *spec["state_shape"]))
-    return counter.get_total_flops() // (2 * T * A)
+        if actor.subgoals:
+            inputs["z"] = torch.zeros(T, 1, A, actor.num_subgoals)
+        state = torch.zeros(T, 1, *spec["state_shape"])
+        total = count_multiply_adds(lambda: actor(**actor_inputs(inputs)))
+        total += count_multiply_adds(lambda: critic(state))
+    return total // (T * A)
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to hand freed memory to the next tensor instead of to the system, which gives it back page by page
-    and zeroed: that took a fifth of an update's time on a CPU. Elsewhere does nothing."""
-    try:
-        libc = ctypes.CDLL(None)
-        for option, size in MALLOPT.items():
-            libc.mallopt(option, size)
-    except (AttributeError, OSError, TypeError):
-        pass
+def torchrun_place() -> tuple[int, int]:
+    """This process' number, and how many there are: 0 and 1 without torchrun."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return rank, world_size
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM let the update finish, so that the run can be saved; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this update (Ctrl-C again: at once, losing it)", file=sys.stderr)
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+def join_processes(device: torch.device) -> torch.device:
+    """Meets the other processes of torchrun: -> this one's device"""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
-def new_run_dir(args: Args) -> Path:
-    """Makes runs/<env>__<script>__<seed>__<unix time>, a second later where another run has that name."""
-    env_name = re.sub(r"[^\w.-]+", "-", args.env_id)
-    for stamp in itertools.count(int(time.time())):
-        run_dir = Path(args.runs_dir) / f"{env_name}__{args.exp_name}__{args.seed}__{stamp}"
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except OSError as error:
-            if not run_dir.is_dir():
-                raise UsageError(
-                    f"cannot write the run folder {run_dir} ({error.strerror}): choose another --runs-dir"
-                ) from None
+def split_parameters(actor: Actor) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The actor's own parameters, and those of context and hypernetwork."""
+    base_params, hyper_params = [], []
+    for name, param in actor.named_parameters():
+        generates = name.startswith(("context.", "hyper."))
+        (hyper_params if generates else base_params).append(param)
+    return base_params, hyper_params
 
 
-def start_wandb(args: Args, run_dir: Path) -> None:
-    """Mirrors the TensorBoard log; without a login the run is logged offline instead of asking for a key."""
-    import wandb
+def make_optimizer(actor: Actor, critic: Critic, args: Args) -> torch.optim.Optimizer:
+    """Adam over everything; context and hypernetwork have a learning rate of their own."""
+    base_params, hyper_params = split_parameters(actor)
+    groups = [{"params": [*base_params, *critic.parameters()], "initial_lr": args.learning_rate}]
+    if hyper_params:
+        hyper_rate = args.hyper_learning_rate
+        if hyper_rate is None:  # --actor-context: a context without a hypernetwork
+            hyper_rate = HyperNetwork.learning_rate
+        groups.append({"params": hyper_params, "initial_lr": hyper_rate})
+    return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
 
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not wandb.login(prompt=False):
-        mode = "offline"
-        print(f"W&B: no login found, logging offline; upload with: wandb sync {run_dir / 'wandb' / 'offline-run-*'}")
-    names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-    wandb.init(**names, dir=run_dir, config=asdict(args), sync_tensorboard=True, mode=mode)
+
+def compile_networks(actor: Actor, critic: Critic, device: torch.device) -> Callable:
+    """torch.compile for acting and updating, with CUDA graphs on a GPU: -> ppo_loss, compiled where that works"""
+    if not compile_works(device):
+        return ppo_loss
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    actor.compile(mode=mode)
+    critic.compile(mode=mode)
+    return torch.compile(ppo_loss, mode=mode)
 
 
-def plot_learning_curve(run_dir: Path) -> None:
+def start_from(
+    args: Args,
+    spec: dict,
+    actor: Actor,
+    critic: Critic,
+    value_norm: ValueNorm,
+) -> None:
+    """--init-from: takes over weights and value statistics. UsageError: of another env or architecture."""
+    checkpoint = load_checkpoint(args.init_from, CHECKPOINT_FORMAT)
+    if checkpoint["spec"] != spec:
+        raise UsageError(f"--init-from {args.init_from} is of env {checkpoint['spec']}, here it is {spec}")
+    saved = with_form_sizes(restore_args(Args, checkpoint["args"], args.init_from))
+    differ = [name for name in ARCHITECTURE if getattr(saved, name) != getattr(args, name)]
+    if differ:
+        given = ", ".join(f"{name} {getattr(args, name)} (it has {getattr(saved, name)})" for name in differ)
+        raise UsageError(f"--init-from {args.init_from} contradicts {given}: use the same")
+    actor.load_state_dict(checkpoint["actor"])
+    critic.load_state_dict(checkpoint["critic"])
+    value_norm.load_state_dict(checkpoint["value_norm"])
+
+
+def load_unfinished(run_dir: str, num_updates: int) -> dict:
+    """The checkpoint to resume. UsageError: it has already done as many updates."""
+    checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT)
+    if checkpoint["update"] >= num_updates:
+        done = f"{checkpoint['update']} of {num_updates} updates"
+        raise UsageError(f"{run_dir} has already done {done}: raise --total-timesteps")
+    return checkpoint
+
+
+def process_state(envs: VecEnv, in_flight: list[Tensor], partners: Partners) -> dict:
+    """What a process has for itself, on the CPU: its envs, the episodes in flight, random numbers.
+
+    in_flight: memory, target_hidden, starts
+    """
+    on_gpu = envs.device.type == "cuda"
+    cuda_rng = torch.cuda.get_rng_state() if on_gpu else None
+    state = {
+        "env_state": envs.state_dict(),
+        "episodes": in_flight,
+        "partner_memories": partners.memories,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": cuda_rng,
+    }
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
+
+
+def to_device(x: Any, device: torch.device) -> Any:
+    """Lists and dicts of tensors, moved there."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), x)
+
+
+def restore_parts(
+    checkpoint: dict,
+    parts: dict,
+    spec: dict,
+    run_dir: str,
+) -> None:
+    """Networks, statistics and optimizer as they were saved. UsageError: of another env."""
+    if checkpoint["spec"] != spec:
+        raise UsageError(f"{run_dir} is of env {checkpoint['spec']}, here it is {spec}: install its version")
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name] or checkpoint["actor"])  # (a run without a target may go on with one)
+
+
+def restore_rng(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["torch_rng"].cpu())
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+
+
+def any_process(wanted: bool, device: torch.device) -> bool:
+    """Whether one of the processes wants it."""
+    if not distributed.is_initialized():
+        return wanted
+    return bool(all_sum(torch.tensor(float(wanted), device=device)))
+
+
+def of_all_processes(x: Any, world_size: int) -> list[Any]:
+    """x of every process, in the order of ranks."""
+    if world_size == 1:
+        return [x]
+    gathered = [None] * world_size
+    distributed.all_gather_object(gathered, x)
+    return gathered
+
+
+def print_start(
+    run_dir: Path,
+    args: Args,
+    envs: VecEnv,
+    actor: Actor,
+    critic: Critic,
+    world_size: int,
+) -> None:
+    where = f"on {envs.device}"
+    if world_size > 1:
+        where += f" of {world_size} processes"
+    if args.cuda and envs.device.type == "cpu":
+        where += " (no CUDA device found)"
+    base_params, hyper_params = split_parameters(actor)
+    base = sum(p.numel() for p in base_params)
+    hyper = sum(p.numel() for p in hyper_params)
+    print(f"run      {run_dir}")
+    print(f"env      {envs.env_id}, {envs.backend} backend, {args.num_envs} envs x {envs.num_agents} agents, {where}")
+    print(f"weights  actor {base:,}, context and hypernetwork {hyper:,}, critic {num_parameters(critic):,}")
+    cost = count_multiplications(env_spec(envs), args)
+    print(f"cost     {cost:,} multiply-adds per agent and step, forward", flush=True)
+
+
+def open_run(
+    run_dir: Path,
+    args: Args,
+    columns: list[str],
+    global_step: int,
+) -> Metrics:
+    """args.json, W&B where it is wanted, and metrics.csv. global_step: the last one of a resumed run, else 0."""
+    write_json(run_dir / "args.json", asdict(args))
+    if args.track:
+        start_wandb(run_dir, args.wandb_project_name, args.wandb_entity, asdict(args))
+    return Metrics(run_dir, "global_step", columns, asdict(args), global_step or None)
+
+
+def record(rollout: Batch, t: int, num_steps: int, **tensors: Tensor | None) -> None:
+    """rollout[name][t] = tensor, allocating [num_steps, *tensor.shape] the first time; None is left out."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if name not in rollout:
+            rollout[name] = x.new_empty(num_steps, *x.shape)
+        rollout[name][t] = x
+
+
+def finished_episodes(step: EnvStep) -> Tensor:
+    """How many episodes ended at this step, the sums of their lengths and of each seat's returns: [2 + A]"""
+    over = step.episode_over.float()
+    count = over.sum().view(1)
+    length_sum = (over * step.episode_lengths).sum().view(1)
+    return torch.cat([count, length_sum, over @ step.episode_returns])
+
+
+def episode_metrics(sums: list[float], first_seat: int, seat_columns: list[str]) -> dict[str, float]:
+    """Means over the episodes that ended in a rollout, from finished_episodes' sums; nothing where none did.
+
+    first_seat: the seats before it learn; seat_columns: a tag for every seat, or none
+    """
+    num_ended, length_sum, *return_sums = sums
+    if not num_ended:
+        return {}
+    learners_mean = sum(return_sums[:first_seat]) / first_seat
+    metrics = {
+        "charts/episodic_return": learners_mean / num_ended,
+        "charts/episodic_length": length_sum / num_ended,
+    }
+    for tag, return_sum in zip(seat_columns, return_sums, strict=False):
+        metrics[tag] = return_sum / num_ended
+    return metrics
+
+
+def make_batch(
+    rollout: Batch,
+    advantages: Tensor,
+    returns: Tensor,
+    value_norm: ValueNorm,
+    discrete: bool,
+) -> Batch:
+    """What ppo_loss reads, of all steps: [T, N, ...], hidden [T/L, N, ...] before each sequence."""
+    batch = select(rollout, "obs state action_mask active learns starts actions z hidden")
+    batch["logprobs"] = log_prob(rollout["dists"], rollout["actions"], discrete)
+    batch["advantages"] = advantages
+    batch["returns"] = value_norm.normalize(returns)
+    batch["values"] = value_norm.normalize(rollout["values"])
+    batch["anchor_dists"] = rollout["dists"]
+    return batch
+
+
+def select(rollout: Batch, names: str) -> Batch:
+    """Those of the named tensors that the rollout has."""
+    return {name: rollout[name] for name in names.split() if name in rollout}
+
+
+def first_envs(batch: Batch) -> Batch:
+    """A few envs of a batch [T, N, ...], as copies."""
+    few = {}
+    for name, x in batch.items():
+        few[name] = x[:, :PROBE_ENVS].clone()
+    return few
+
+
+def policy_change(actor: Actor, probe: Batch, learners: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean KL(before || now) of the learners in the probe's steps, and the distributions of now."""
+    with torch.no_grad():
+        dists, _, _ = actor(**actor_inputs(probe))
+    changes = kl_divergence(probe["dists"], dists, actor.discrete)
+    return masked_mean(changes, probe["active"] & learners), dists
+
+
+def steps_per_second(clock: deque[tuple[float, int]]) -> dict[str, float]:
+    """clock: (time, global_step) after each of the last updates; nothing yet after the first one"""
+    if len(clock) < 2:
+        return {}
+    first_time, first_step = clock[0]
+    last_time, last_step = clock[-1]
+    return {"charts/SPS": (last_step - first_step) / (last_time - first_time)}
+
+
+def to_floats(metrics: Batch) -> dict[str, float]:
+    """Scalars as numbers, with one look at the device."""
+    values = torch.stack(list(metrics.values())).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+def refuse_non_finite(
+    metrics: dict[str, float],
+    obs: Tensor,
+    update: int,
+    run_dir: Path,
+) -> None:
+    """FloatingPointError where training broke down."""
+    bad = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
+    if not bad:
+        return
+    if obs.is_floating_point() and not obs.isfinite().all():
+        bad = ["an observation is NaN or infinite"]
+    last_good = f"last good checkpoint: {run_dir / 'latest.pt'}"
+    raise FloatingPointError(f"update {update}: {', '.join(bad)}; {last_good}")
+
+
+def show_progress(progress: tqdm, num_steps: int, row: dict[str, float]) -> None:
+    if "charts/episodic_return" in row:
+        progress.set_postfix_str(f"return {row['charts/episodic_return']:.2f}")
+    progress.update(num_steps)
+
+
+def plot_returns(run_dir: Path) -> None:
     """learning_curve.png from metrics.csv: the episodic return over env steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(run_dir / "metrics.csv", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["charts/episodic_return"]]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot([int(r["global_step"]) for r in rows], [float(r["charts/episodic_return"]) for r in rows])
-    axes.set(xlabel="env steps", ylabel="episodic return (mean over agents)", title=run_dir.name)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(run_dir / "learning_curve.png", dpi=120)
-    plt.close(figure)
+    rows = [row for row in read_metrics(run_dir) if row["charts/episodic_return"]]
+    steps = [int(row["global_step"]) for row in rows]
+    returns = [float(row["charts/episodic_return"]) for row in rows]
+    panel = Panel(run_dir.name, "episodic return (mean over agents)", {"return": returns})
+    plot_learning_curve(run_dir / "learning_curve.png", steps, "env steps", [panel])
 
 
 # --------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> Path:
-    """Trains (or resumes); returns the run folder. UsageError: unusable arguments.
+    """Trains (or resumes, or only evaluates); returns the run folder. UsageError: unusable arguments.
 
     Under torchrun each process steps its share of the envs, and all go on with the same weights.
     """
     # ---- arguments
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    backend, num_envs, num_minibatches = check_args(args, world_size)
-    T, N = args.num_steps, num_envs // world_size
-    batch_size = T * num_envs  # env steps of one rollout, of all processes
-    num_updates = args.total_timesteps // batch_size
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint and checkpoint["update"] >= num_updates:
-        done = f"{checkpoint['update']} of {num_updates} updates"
-        raise UsageError(f"{args.resume} has already done {done}: raise --total-timesteps")
+    if args.evaluate:
+        return evaluate_only(args)
+    rank, world_size = torchrun_place()
+    device = get_device(args.cuda)
+    resolved, checked = check_args(args, device, world_size)
+    T, N = resolved.num_steps, resolved.num_envs // world_size
+    batch_size = T * resolved.num_envs  # env steps of one rollout, of all processes
+    num_updates = resolved.total_timesteps // batch_size
+    checkpoint = load_unfinished(args.resume, num_updates) if args.resume else None
+
+    # ---- logging: by the first process only; its folder is made when nothing can be refused any more
+    logs = rank == 0
+    clock: deque[tuple[float, int]] = deque(maxlen=11)  # (time, global_step) after the last updates: windowed SPS
 
     # ---- seeding
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
+    random.seed(resolved.seed)
+    np.random.seed(resolved.seed)
+    torch.manual_seed(resolved.seed)
+    torch.backends.cudnn.deterministic = resolved.torch_deterministic
     keep_freed_memory()
-    num_parts = args.update_threads or (min(2, num_cpus()) if device.type == "cpu" and world_size == 1 else 1)
-    threads = ThreadPoolExecutor(num_parts, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
-    parallel_map = threads.map if num_parts > 1 else map
+    torch.set_num_threads(resolved.num_threads)
+    num_parts = resolved.update_threads
+    threads = ThreadPoolExecutor(num_parts, initializer=torch.set_num_threads, initargs=[resolved.num_threads])
     if world_size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = join_processes(device)
 
     # ---- envs
-    env_seed = args.seed + rank * N
-    envs = make_vec_env(
-        args.env_id, N, device, env_seed, backend, env_procs(args, backend), **json.loads(args.env_kwargs)
-    )
+    env_seed = resolved.seed + rank * N
+    envs = make_vec_env(checked, N, device, env_seed, resolved.backend, resolved.num_env_procs)
     spec, A = env_spec(envs), envs.num_agents
-    partners = Partners(args.partners, envs)
+    partners = Partners(resolved.partners, envs, make_policy)
     learners = torch.arange(A, device=device) < partners.first_seat  # [A]
 
     # ---- networks
-    actor, critic = Actor(spec, args).to(device), Critic(spec, args).to(device)
-    for encoder in actor.subgoals:
-        encoder.to(device)
-    value_norm = ValueNorm(args.value_norm).to(device)
-    L = args.chunk_length if actor.sequential else 1  # steps of a training sequence
-    hyper_params = [p for name, p in actor.named_parameters() if name.startswith(("context.", "hyper."))]
-    base_params = [p for name, p in actor.named_parameters() if not name.startswith(("context.", "hyper."))]
-    groups = [{"params": base_params + list(critic.parameters()), "initial_lr": args.learning_rate}]
-    if hyper_params:
-        hyper_rate = args.hyper_learning_rate
-        if hyper_rate is None:  # (K full deltas of the last layer move the logits together, K times as far)
-            hyper_rate = 1e-4 if args.hyper == "last-layer" else 5e-4
-        groups.append({"params": hyper_params, "initial_lr": hyper_rate})
-    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
-    if args.init_from and checkpoint is None:
-        start_from(args, spec, actor, critic, value_norm)
+    actor = Actor(spec, resolved).to(device)
+    critic = Critic(spec, resolved).to(device)
+    value_norm = ValueNorm(resolved.value_norm).to(device)
+    L = resolved.chunk_length if actor.sequential else 1  # steps of a training sequence
+    optimizer = make_optimizer(actor, critic, resolved)
+    if resolved.init_from and checkpoint is None:
+        start_from(resolved, spec, actor, critic, value_norm)
     # What the KL penalty pulls towards; with an interval of 1 it is the policy that acted, whose output is at hand.
-    target = copy.deepcopy(actor).requires_grad_(False) if args.target_sync_interval > 1 else None
-    loss_function = ppo_loss
-    if args.compile and compile_works(device):
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
-        loss_function = torch.compile(ppo_loss, mode=mode)
-        actor.compile(mode=mode)
-        critic.compile(mode=mode)
-
-    # ---- logging: by the first process only
-    run_dir = Path(args.resume or ".")
-    if rank == 0:
-        run_dir = run_dir if args.resume else new_run_dir(args)
-        (run_dir / "args.json").write_text(json.dumps({**asdict(args), "resolved_backend": backend}, indent=2))
-        if args.track:
-            start_wandb(args, run_dir)
-        writer = SummaryWriter(str(run_dir), purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
-        where = f"on {device}" + (f" of {world_size} processes" if world_size > 1 else "")
-        where += " (no CUDA device found)" if args.cuda and device.type == "cpu" else ""
-        counts = [sum(p.numel() for p in params) for params in (base_params, hyper_params, critic.parameters())]
-        print(f"run      {run_dir}")
-        print(f"env      {envs.env_id}, {backend} backend, {num_envs} envs x {A} agents, {where}")
-        print("weights  actor {:,}, context and hypernetwork {:,}, critic {:,}".format(*counts))
-        print(f"cost     {count_multiplications(spec, args):,} multiply-adds per agent and step, forward")
-    last_good = f"last good checkpoint: {run_dir / 'latest.pt'}"
+    target = None
+    saved_parts = {"actor": actor, "critic": critic, "value_norm": value_norm, "optimizer": optimizer}
+    if resolved.target_sync_interval > 1:
+        target = saved_parts["target"] = copy.deepcopy(actor).requires_grad_(False)
+    loss_function = compile_networks(actor, critic, device) if resolved.compile else ppo_loss
 
     # ---- storage
-    rollout: dict[str, torch.Tensor] = {}  # name -> [T, N, ...], allocated by the first step
+    rollout: Batch = {}  # name -> [T, N, ...], allocated by the first step
     global_step, first_update = 0, 1
-    memory = torch.zeros(N, A, actor.memory_size, device=device)
+    memory = torch.zeros(N, A, actor.memory_size, device=device)  # the context's hidden state, the subgoals' history
     target_hidden = torch.zeros(N, A, actor.hidden_size, device=device)
     starts = torch.ones(N, dtype=torch.bool, device=device)  # step.obs opens an episode
-    probe: dict[str, torch.Tensor] = {}  # a few envs of the first rollout, to see how the policy changes
+    probe: Batch = {}  # a few envs of the first rollout, to see how the policy changes
 
     # ---- resume
     if world_size > 1:
-        torch.manual_seed(args.seed + 1_000_003 * rank)  # equal weights so far, different actions from now on
-    worker = None
+        torch.manual_seed(resolved.seed + 1_000_003 * rank)  # equal weights so far, different actions from now on
+    own_state = None  # what this process saved for itself
     if checkpoint is not None:
-        if checkpoint["spec"] != spec:
-            raise UsageError(f"{args.resume} is of env {checkpoint['spec']}, here it is {spec}: install its version")
-        actor.load_state_dict(checkpoint["actor"])
-        critic.load_state_dict(checkpoint["critic"])
-        value_norm.load_state_dict(checkpoint["value_norm"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if target:
-            target.load_state_dict(checkpoint["target"])
-        probe = {name: x.to(device) for name, x in checkpoint["probe"].items()}
+        restore_parts(checkpoint, saved_parts, spec, args.resume)
+        probe = to_device(checkpoint["probe"], device)
         global_step, first_update = checkpoint["global_step"], checkpoint["update"] + 1
         if len(checkpoint["workers"]) == world_size:
-            worker = checkpoint["workers"][rank]
-    if worker is None or worker["env_state"] is None:
-        if checkpoint is not None and rank == 0:
+            own_state = checkpoint["workers"][rank]
+    if own_state is not None and own_state["env_state"] is not None:
+        step = envs.load_state_dict(own_state["env_state"])
+        memory, target_hidden, starts = to_device(own_state["episodes"], device)
+        partners.memories = to_device(own_state["partner_memories"], device)
+    else:
+        if checkpoint is not None and logs:
             print("the episodes in flight cannot be restored: new ones start, from a seed of their own")
         step = envs.reset(env_seed + global_step)
-    else:
-        step = envs.load_state_dict(worker["env_state"])
-        memory, target_hidden, starts = (x.to(device) for x in worker["episodes"])
-        partners.memories = [None if x is None else x.to(device) for x in worker["partner_memories"]]
-    if worker is not None:
-        torch.set_rng_state(worker["torch_rng"].cpu())
-        if device.type == "cuda" and worker["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(worker["cuda_rng"].cpu())
-    seat_columns = [f"charts/return_seat_{i}" for i in range(A)] if args.partners else []
-    if rank == 0:
-        metrics_file = open_metrics(run_dir / "metrics.csv", COLUMNS + seat_columns, keep_until=global_step)
+    if own_state is not None:
+        restore_rng(own_state, device)
+    run_dir = Path(args.resume or ".")
+    seat_columns = [f"charts/return_seat_{i}" for i in range(A)] if resolved.partners else []
+    if logs:
+        if not args.resume:
+            run_dir = new_run_dir(resolved.runs_dir, resolved.env_id, resolved.exp_name, resolved.seed)
+        table = open_run(run_dir, resolved, COLUMNS + seat_columns, global_step)
+        print_start(run_dir, resolved, envs, actor, critic, world_size)
     stop = StopSignal()
-    bar = {"unit": "step", "unit_scale": True, "disable": None if rank == 0 else True}
-    progress = tqdm(total=num_updates * batch_size, initial=global_step, **bar)
-    clock: deque[tuple[float, int]] = deque(maxlen=11)  # (time, global_step) after the last updates: windowed SPS
+    no_bar = None if logs else True  # None: none where there is no terminal
+    progress = tqdm(total=num_updates * batch_size, initial=global_step, unit="step", unit_scale=True, disable=no_bar)
 
     # ---- loop
     for update in range(first_update, num_updates + 1):
-        remaining = 1 - (update - 1) / num_updates if args.anneal_lr else 1.0
+        remaining = 1 - (update - 1) / num_updates if resolved.anneal_lr else 1.0
         for group in optimizer.param_groups:
             group["lr"] = remaining * group["initial_lr"]
-        if target and (update - 1) % args.target_sync_interval == 0:
+        if target and (update - 1) % resolved.target_sync_interval == 0:
             target.load_state_dict(actor.state_dict())
             target_hidden = memory[..., : actor.hidden_size]
 
         # -- rollout: T steps of N envs
-        episodes = torch.zeros(2 + A, device=device)  # how many ended, sums of their lengths and of each seat's returns
+        episode_sums = torch.zeros(2 + A, device=device)  # see finished_episodes
         for t in range(T):
-            with torch.no_grad():
-                actions, dists, z, next_memory = act(actor, step, starts, memory)
-                values = value_norm.denormalize(critic(step.state))
+            actions, dists, z, next_memory = act(actor, step, starts, memory)
+            values = state_values(critic, value_norm, step.state)
             actions = partners.play(step, actions)
-            record(rollout, t, T, obs=step.obs, state=step.state, action_mask=step.action_mask, active=step.active)
-            record(rollout, t, T, starts=starts, actions=actions, dists=dists, values=values, z=z)
+            record(rollout, t, T, obs=step.obs, state=step.state)
+            record(rollout, t, T, action_mask=step.action_mask, active=step.active, starts=starts)
+            record(rollout, t, T, actions=actions, dists=dists, values=values, z=z)
             if t % L == 0:
                 record(rollout, t // L, T // L, hidden=memory[..., : actor.hidden_size])
             memory = remember(actor, step, actions, next_memory)
@@ -1571,133 +2060,94 @@ def main(args: Args) -> Path:
             # episode's first. (Asking whether there is one is free on a CPU and would stall an accelerator.)
             cut_values = torch.zeros_like(values)
             if device.type != "cpu" or step.truncations.any():
-                with torch.no_grad():
-                    cut_values = value_norm.denormalize(critic(step.final_state))
+                cut_values = state_values(critic, value_norm, step.final_state)
             ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
             record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)
             record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
-            over = step.episode_over.float()
-            sums = [over.sum().view(1), (over * step.episode_lengths).sum().view(1), over @ step.episode_returns]
-            episodes += torch.cat(sums)
+            episode_sums += finished_episodes(step)
         global_step += batch_size
 
         # -- advantages
-        with torch.no_grad():
-            rollout["learns"] = rollout["active"] & learners
-            weights = rollout["learns"].float()
-            last_values = value_norm.denormalize(critic(step.state))
-            next_values = torch.cat([rollout["values"][1:], last_values.unsqueeze(0)])  # [T, N, A]
-            next_values = torch.where(rollout["episode_over"].unsqueeze(-1), rollout["cut_values"], next_values)
-            advantages, returns = compute_gae(
-                *(rollout["rewards"], rollout["values"], next_values, rollout["terminations"], rollout["ended"]),
-                args.gamma,
-                args.gae_lambda,
-            )
-            returns_mean, returns_var = mean_var(returns, weights)
-            explained_var = 1 - mean_var(returns - rollout["values"], weights)[1] / returns_var.clamp(min=1e-8)
-            if args.norm_adv:
-                advantages_mean, advantages_var = mean_var(advantages, weights)
-                advantages = (advantages - advantages_mean) / (advantages_var.sqrt() + 1e-8)
-            value_norm.update(returns_mean, returns_var)
+        rollout["learns"] = rollout["active"] & learners
+        weights = rollout["learns"].float()
+        last_values = state_values(critic, value_norm, step.state).unsqueeze(0)  # [1, N, A]
+        next_values = torch.cat([rollout["values"][1:], last_values])  # [T, N, A]
+        over = rollout["episode_over"].unsqueeze(-1)  # [T, N, 1]
+        next_values = torch.where(over, rollout["cut_values"], next_values)
+        transitions = rollout["rewards"], rollout["values"], next_values, rollout["terminations"], rollout["ended"]
+        advantages, returns = compute_gae(*transitions, resolved.gamma, resolved.gae_lambda)
+        returns_mean, returns_var = mean_var(returns, weights)
+        _, error_var = mean_var(returns - rollout["values"], weights)
+        explained_var = 1 - error_var / returns_var.clamp(min=1e-8)
+        if resolved.norm_adv:
+            advantages_mean, advantages_var = mean_var(advantages, weights)
+            advantages = (advantages - advantages_mean) / (advantages_var.sqrt() + 1e-8)
+        # DEVIATION: once per rollout, before its epochs, not once per minibatch.
+        value_norm.update(returns_mean, returns_var)
 
-        # -- the batch [T, N, ...]; hidden [T/L, N, ...], before each sequence
-        names = "obs state action_mask active learns starts actions z hidden".split()
-        batch = {name: rollout[name] for name in names if name in rollout}
-        batch["logprobs"] = log_prob(rollout["dists"], rollout["actions"], actor.discrete)
-        batch["advantages"], batch["returns"] = advantages, value_norm.normalize(returns)
-        batch["values"] = value_norm.normalize(rollout["values"])
-        batch["anchor_dists"] = rollout["dists"]
+        # -- the batch [T, N, ...], and what it tells of the others' learning
+        batch = make_batch(rollout, advantages, returns, value_norm, actor.discrete)
         if target:
-            inputs = [batch.get(name) for name in ("obs", "action_mask", "active", "starts")]
             with torch.no_grad():
-                batch["anchor_dists"], _, target_hidden = target(*inputs, target_hidden, batch.get("z"))
+                inputs = {**actor_inputs(batch), "hidden": target_hidden}
+                batch["anchor_dists"], _, target_hidden = target(**inputs)
         if not probe:
-            names = "obs action_mask active starts hidden z".split()
-            probe = {name: batch[name][:, :PROBE_ENVS].clone() for name in names if name in batch}
-            probe["dists"] = rollout["dists"][:, :PROBE_ENVS].clone()
-        metrics: dict[str, float] = {}
+            probe = first_envs(select(rollout, "obs action_mask active starts hidden z dists"))
+        metrics: Batch = {}
         if update % GRADIENT_COSINE_EVERY == 0:
-            first_envs = {name: x[:, :PROBE_ENVS] for name, x in batch.items()}
             with torch.compiler.set_stance("force_eager"):  # compiled functions allow one backward pass only
-                metrics["nonstationarity/gradient_cosine"] = gradient_cosine(actor, first_envs, args)
+                metrics["nonstationarity/gradient_cosine"] = gradient_cosine(actor, first_envs(batch), resolved)
 
         # -- update: minibatches of sequences [L, S]; where no context needs the order, a sequence is a single step
-        S = T * N // L
-        batch["hidden"] = batch["hidden"].unsqueeze(0)  # [1, T/L, N, ...]
-        for name, x in batch.items():
-            if name != "hidden":
-                x = x.unflatten(0, (T // L, L)).transpose(0, 1)  # [T, N, ...] -> [L, T/L, N, ...]
-            batch[name] = x.reshape(x.shape[0], S, *x.shape[3:])  # -> [L, S, ...]
-        sums, num_done = torch.zeros(len(LOSSES) + 1, device=device), 0
-        for _ in range(args.update_epochs):
-            for mb_inds in torch.randperm(S, device=device).chunk(num_minibatches):
-                parts = mb_inds.chunk(num_parts)
-                numbers = set_gradients(loss_function, actor, critic, batch, parts, args, parallel_map)
+        sequences = to_sequences(batch, L)
+        sums, num_done = 0.0, 0
+        for _ in range(resolved.update_epochs):
+            for mb_inds in torch.randperm(T * N // L, device=device).chunk(resolved.num_minibatches):
+                optimizer.zero_grad()
+                if num_parts == 1:
+                    loss, numbers = loss_function(actor, critic, take_sequences(sequences, mb_inds), resolved)
+                    loss.backward()
+                else:
+                    parts = mb_inds.chunk(num_parts)
+                    numbers = backward_in_threads(loss_function, actor, critic, sequences, parts, resolved, threads)
                 average_gradients([*actor.parameters(), *critic.parameters()])
-                grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-                nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                # DEVIATION: one Adam for both, but gradients are clipped apart.
+                grad_norm = nn.utils.clip_grad_norm_(actor.parameters(), resolved.max_grad_norm)
+                nn.utils.clip_grad_norm_(critic.parameters(), resolved.max_grad_norm)
                 optimizer.step()
-                sums += torch.cat([numbers, grad_norm.unsqueeze(0)])
+                numbers["losses/grad_norm"] = grad_norm
+                sums = sums + torch.stack(list(numbers.values()))
                 num_done += 1
-            if args.target_kl is not None:
-                if all_sum(numbers)[LOSSES.index("losses/approx_kl")] / world_size > args.target_kl:
-                    break
-        with torch.no_grad():
-            inputs = [probe.get(name) for name in ("obs", "action_mask", "active", "starts")]
-            dists = actor(*inputs, probe["hidden"][0], probe.get("z"))[0]
-            changes = kl_divergence(probe["dists"], dists, actor.discrete)
-            metrics["nonstationarity/policy_kl"] = masked_mean(changes, probe["active"] & learners)
-            probe["dists"] = dists
+            limit = resolved.target_kl
+            if limit is not None and all_sum(numbers["losses/approx_kl"]) / world_size > limit:
+                break
+        metrics["nonstationarity/policy_kl"], probe["dists"] = policy_change(actor, probe, learners)
 
         # -- logging: the update's only look at the device
-        sums, episodes = all_sum(sums) / (num_done * world_size), all_sum(episodes).tolist()
-        names = [*LOSSES, "losses/grad_norm"]
-        metrics |= dict(zip(names, sums, strict=True)) | {"losses/explained_variance": explained_var}
-        metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-        bad = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
-        if bad and rollout["obs"].is_floating_point() and not rollout["obs"].isfinite().all():
-            bad = ["an observation is NaN or infinite"]
-        if bad:
-            raise FloatingPointError(f"update {update}: {', '.join(bad)}; {last_good}")
-        metrics = {name: x for name, x in metrics.items() if actor.hyper or name not in HYPER_TAGS}
+        means = all_sum(sums) / (num_done * world_size)
+        metrics |= dict(zip(numbers, means, strict=True))
+        metrics["losses/explained_variance"] = explained_var
+        row = to_floats(metrics)
+        refuse_non_finite(row, rollout["obs"], update, run_dir)
+        row |= episode_metrics(all_sum(episode_sums).tolist(), partners.first_seat, seat_columns)
+        row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         clock.append((time.perf_counter(), global_step))
-        if len(clock) > 1:
-            metrics["charts/SPS"] = (clock[-1][1] - clock[0][1]) / (clock[-1][0] - clock[0][0])
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        num_ended, length_sum, *return_sums = episodes
-        if num_ended:
-            learners_sum = sum(return_sums[: partners.first_seat]) / partners.first_seat
-            metrics["charts/episodic_return"] = learners_sum / num_ended
-            metrics["charts/episodic_length"] = length_sum / num_ended
-            metrics |= {tag: x / num_ended for tag, x in zip(seat_columns, return_sums, strict=False)}
-            progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}")
-        if rank == 0:
-            for tag, x in metrics.items():
-                writer.add_scalar(tag, x, global_step)
-            row = {"update": update, "global_step": global_step, **metrics}
-            csv.DictWriter(metrics_file, COLUMNS + seat_columns).writerow(row)
-        progress.update(batch_size)
+        row |= steps_per_second(clock)
+        if logs:
+            table.log(global_step, {"update": update, **row})
+        show_progress(progress, batch_size, row)
 
         # -- checkpoint
-        stopping = stop.requested
-        if world_size > 1:  # all processes stop after the same update
-            stopping = bool(all_sum(torch.tensor(float(stopping), device=device)))
-        if update % args.save_every == 0 or update == num_updates or stopping:
-            worker = {"env_state": envs.state_dict(), "episodes": [memory, target_hidden, starts]}
-            worker |= {"partner_memories": partners.memories, "torch_rng": torch.get_rng_state()}
-            worker |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-            worker = tree_map_only(torch.Tensor, torch.Tensor.cpu, worker)
-            workers = [worker]
-            if world_size > 1:
-                workers = [None] * world_size
-                dist.all_gather_object(workers, worker)
-            checkpoint = {"format": CHECKPOINT_FORMAT, "args": asdict(args), "spec": spec, "workers": workers}
-            checkpoint |= {"update": update, "global_step": global_step, "probe": probe}
-            checkpoint |= {"actor": actor.state_dict(), "critic": critic.state_dict()}
-            checkpoint |= {"target": target.state_dict() if target else None}
-            checkpoint |= {"value_norm": value_norm.state_dict(), "optimizer": optimizer.state_dict()}
-            if rank == 0:
-                save_checkpoint(checkpoint, run_dir / "latest.pt")
+        stopping = any_process(stop.requested, device)  # all stop after the same update
+        if update % resolved.save_every == 0 or update == num_updates or stopping:
+            own_state = process_state(envs, [memory, target_hidden, starts], partners)
+            states = of_all_processes(own_state, world_size)
+            counters = {"update": update, "global_step": global_step}
+            described = {"format": CHECKPOINT_FORMAT, "args": asdict(resolved), "spec": spec}
+            parameters = {name: part.state_dict() for name, part in saved_parts.items()}
+            if logs:
+                content = {"workers": states, "probe": probe, "target": None, **parameters}
+                save_checkpoint({**described, **counters, **content}, run_dir / "latest.pt")
         if stopping:
             break
 
@@ -1705,56 +2155,24 @@ def main(args: Args) -> Path:
     stop.restore()
     progress.close()
     envs.close()
+    threads.shutdown()
     if world_size > 1:
-        dist.destroy_process_group()
-    if rank == 0:
-        metrics_file.close()
-        plot_learning_curve(run_dir)
+        distributed.destroy_process_group()
+    if logs:
+        table.close()
+        plot_returns(run_dir)
         if stopping:
-            go_on = f"go on with: python hyper_mappo.py --resume {run_dir}"
-            print(f"stopped after update {update} of {num_updates}; {go_on}")
+            print(
+                f"stopped after update {update} of {num_updates}; go on with: python hyper_mappo.py --resume {run_dir}"
+            )
         else:
-            evaluate_run(actor, args, run_dir, device)
-        writer.close()
+            evaluate_run(actor, resolved, checked, run_dir, device)
     return run_dir
 
 
 def cli(argv: list[str] | None = None) -> int:
     """The command line: 0 done (or stopped and saved), 1 the run broke down, 2 unusable arguments."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = tyro.cli(Args, args=argv)
-    try:
-        run_dir = args.resume or args.evaluate or args.init_from
-        if run_dir:  # the run's own arguments are the defaults, flags given beside them come on top
-            try:
-                saved = Args(**load_checkpoint(run_dir)["args"])
-            except ValueError as error:
-                raise UsageError(str(error)) from None
-            fixed = ARCHITECTURE if run_dir == args.init_from else FIXED_BY_CHECKPOINT
-            defaults = replace(Args(), **{name: getattr(saved, name) for name in ARCHITECTURE})
-            args = tyro.cli(Args, args=argv, default=defaults if run_dir == args.init_from else saved)
-            for name in fixed:
-                if getattr(args, name) != getattr(saved, name) and not (args.evaluate and name == "partners"):
-                    raise UsageError(
-                        f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the checkpoint's "
-                        f"{getattr(saved, name)}: leave it out, or start a new run"
-                    )
-        try:
-            check_limits(args, LIMITS)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        if args.evaluate:
-            device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-            evaluate_run(load_policy(args.evaluate, device).actor, args, Path(args.evaluate), device)
-        else:
-            main(args)
-    except (UsageError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return command_line(Args, main, LIMITS, argv, saved_run)
 
 
 if __name__ == "__main__":

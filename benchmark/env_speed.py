@@ -53,7 +53,20 @@ class Args:
     """where the picture goes"""
 
 
-def steps_per_second(step: Callable[[], object], num_envs: int, seconds: float, device: torch.device) -> float:
+GENUINE = "genuine, one process"
+
+
+def batched(num_envs: int) -> str:
+    """How the table calls a size of the batched env."""
+    return f"batched, {num_envs} envs"
+
+
+def steps_per_second(
+    step: Callable[[], object],
+    num_envs: int,
+    seconds: float,
+    device: torch.device,
+) -> float:
     """Env-steps per second of a function that steps `num_envs` envs; a tenth of the time is warm-up."""
     start, count, end = time.perf_counter(), 0, seconds / 10
     for timed in (False, True):
@@ -82,14 +95,24 @@ def genuine_step(env_id: str, seed: int) -> Callable[[], object]:
     return step
 
 
-def supersuit_step(env_id: str, num_envs: int, num_cpus: int, seed: int) -> tuple[Callable[[], object], Callable]:
+def supersuit_step(
+    env_id: str,
+    num_envs: int,
+    num_cpus: int,
+    seed: int,
+) -> tuple[Callable[[], object], Callable[[], None]]:
     """A function that steps, and one that ends the worker processes."""
     env = supersuit.pettingzoo_env_to_vec_env_v1(supersuit.black_death_v3(make_parallel_env(env_id)))
     envs = supersuit.concat_vec_envs_v1(env, num_envs, num_cpus=num_cpus, base_class="gymnasium")
     envs.reset(seed=seed)
-    actions = np.random.default_rng(seed).integers(envs.action_space.n, size=(8, envs.num_envs))
+    rng = np.random.default_rng(seed)
+    actions = rng.integers(envs.action_space.n, size=(8, envs.num_envs))
     turn = iter(range(sys.maxsize))
-    return (lambda: envs.step(actions[next(turn) % 8])), envs.close
+
+    def step() -> None:
+        envs.step(actions[next(turn) % 8])
+
+    return step, envs.close
 
 
 def batched_step(env: VecEnv, seed: int) -> Callable[[], object]:
@@ -98,20 +121,29 @@ def batched_step(env: VecEnv, seed: int) -> Callable[[], object]:
         state["lengths"] = torch.randint(env.max_cycles, (env.num_envs,), device=env.device)
         env.load_state_dict(state)
     generator = torch.Generator().manual_seed(seed)
-    actions = torch.randint(env.action_space.n, (8, env.num_envs, env.num_agents), generator=generator).to(env.device)
+    shape = (8, env.num_envs, env.num_agents)
+    actions = torch.randint(env.action_space.n, shape, generator=generator)
+    actions = actions.to(env.device)
     turn = iter(range(sys.maxsize))
     return lambda: env.step(actions[next(turn) % 8])
 
 
 def memory_per_env(env: VecEnv, step: object) -> float:
     """Bytes of all tensors that an env holds and that its last step returned."""
-    values = [*vars(env).values(), *vars(step).values()]
-    storages = {s.data_ptr(): s.nbytes() for v in values if isinstance(v, torch.Tensor) for s in [v.untyped_storage()]}
+    storages = {}
+    for value in (*vars(env).values(), *vars(step).values()):
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values()) / env.num_envs
 
 
-def profile_steps(env: VecEnv, step: Callable[[], object], num_steps: int = 20) -> tuple[float, list]:
-    """Operations (kernels, on a GPU) per step, and (kind of work, share of the time) in order."""
+def profile_steps(
+    env: VecEnv,
+    step: Callable[[], object],
+    num_steps: int = 20,
+) -> tuple[float, list]:
+    """Operations (kernels, on a GPU) per step, and (share of the time, kind of work), the largest first."""
     cuda = env.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     for _ in range(3):
@@ -124,36 +156,38 @@ def profile_steps(env: VecEnv, step: Callable[[], object], num_steps: int = 20) 
     kinds, launches = {}, 0
     for event in prof.key_averages(group_by_input_shape=True):
         name = event.key.removeprefix("aten::")
-        launches += event.count * (name == "cudaLaunchKernel" if cuda else name in WORK)
+        is_launch = name == "cudaLaunchKernel" if cuda else name in WORK
+        launches += event.count * is_launch
         if name == event.key:  # a kernel or a call of the driver: its time is in the operation that made it
             continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        # Observations are rows selected from all maps; other selections are from a small table.
-        first = event.input_shapes[0] if event.input_shapes else []
-        if name == "index_select" and len(first) == 2 and first[0] > 100 * env.num_envs:
-            kind = "building observations"
-        else:
-            kind = WORK.get(name, "everything else (branches, views, allocation)")
+        kind = kind_of_work(name, event.input_shapes, env.num_envs)
         kinds[kind] = kinds.get(kind, 0) + spent
     total = sum(kinds.values())
-    return launches / num_steps, sorted(((t / total, kind) for kind, t in kinds.items()), reverse=True)
+    shares = [(spent / total, kind) for kind, spent in kinds.items()]
+    return launches / num_steps, sorted(shares, reverse=True)
 
 
-_INDEX, _COUNT, _COPY = "computing indices, rewards and flags", "counting on the maps", "copying and converting"
-_RANDOM, _TABLE = "random numbers", "looking up tables"
-# torch operation -> kind of work
-WORK = {
-    **dict.fromkeys(
-        "add add_ sub mul mul_ eq ne ge gt lt le any all sum amin mean where aminmax max min".split(), _INDEX
+def kind_of_work(name: str, input_shapes: list, num_envs: int) -> str:
+    # Observations are rows selected from all maps; other selections are from a small table.
+    first = input_shapes[0] if input_shapes else []
+    if name == "index_select" and len(first) == 2 and first[0] > 100 * num_envs:
+        return "building observations"
+    return WORK.get(name, "everything else (branches, views, allocation)")
+
+
+# kind of work -> torch operations
+KINDS = {
+    "computing indices, rewards and flags": (
+        "add add_ sub mul mul_ eq ne ge gt lt le any all sum amin mean where aminmax max min "
+        "bitwise_and bitwise_or bitwise_not neg clamp maximum masked_fill_ cumsum div topk sort"
     ),
-    **dict.fromkeys(
-        "bitwise_and bitwise_or bitwise_not neg clamp maximum masked_fill_ cumsum div topk sort".split(), _INDEX
-    ),
-    **dict.fromkeys("gather scatter_add_ scatter_ scatter".split(), _COUNT),
-    **dict.fromkeys("index_select index take index_put_ _index_put_impl_ index_copy_".split(), _TABLE),
-    **dict.fromkeys("copy_ cat clone repeat fill_ zero_".split(), _COPY),
-    **dict.fromkeys("random_ uniform_ multinomial".split(), _RANDOM),
+    "counting on the maps": "gather scatter_add_ scatter_ scatter",
+    "looking up tables": "index_select index take index_put_ _index_put_impl_ index_copy_",
+    "copying and converting": "copy_ cat clone repeat fill_ zero_",
+    "random numbers": "random_ uniform_ multinomial",
 }
+WORK = {operation: kind for kind, operations in KINDS.items() for operation in operations.split()}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -167,43 +201,62 @@ def measure(env_id: str, args: Args) -> dict[str, list[float]]:
     """Prints the table of one env; returns env-steps per second by name, one number per round."""
     device = torch.device(args.device)
     cpu = torch.device("cpu")
-    steps = {("genuine, one process", 1, cpu): genuine_step(env_id, args.seed)}
+    steps = {(GENUINE, 1, cpu): genuine_step(env_id, args.seed)}
     closers = []
     for num_envs, num_cpus in args.supersuit:
-        key = (f"SuperSuit, {num_envs} envs, {num_cpus} process{'es' * (num_cpus > 1)}", num_envs, cpu)
+        processes = "processes" if num_cpus > 1 else "process"
+        key = (f"SuperSuit, {num_envs} envs, {num_cpus} {processes}", num_envs, cpu)
         steps[key], close = supersuit_step(env_id, num_envs, num_cpus, args.seed)
         closers.append(close)
     envs = [make_vec_env(env_id, n, device, args.seed, backend="batched") for n in args.num_envs]
     for env in envs:
-        steps[(f"batched, {env.num_envs} envs", env.num_envs, device)] = batched_step(env, args.seed)
+        key = (batched(env.num_envs), env.num_envs, device)
+        steps[key] = batched_step(env, args.seed)
 
     speeds = {name: [] for name, _, _ in steps}
     for _ in range(args.rounds):
         for (name, num_envs, where), step in steps.items():
-            speeds[name].append(steps_per_second(step, num_envs, args.seconds, where))
+            speed = steps_per_second(step, num_envs, args.seconds, where)
+            speeds[name].append(speed)
     for close in closers:
         close()
-
-    best = max((n for n in speeds if n.startswith("SuperSuit")), key=lambda n: statistics.median(speeds[n]))
     print(f"\n{env_id}: env-steps per second, median of {args.rounds} rounds (lowest ... highest)")
+    print_table(speeds)
+    fastest = max(envs, key=lambda env: statistics.median(speeds[batched(env.num_envs)]))
+    print_bounds(fastest, speeds, args.seed)
+    return speeds
+
+
+def best_supersuit(speeds: dict[str, list[float]]) -> str:
+    names = [name for name in speeds if name.startswith("SuperSuit")]
+    return max(names, key=lambda name: statistics.median(speeds[name]))
+
+
+def print_table(speeds: dict[str, list[float]]) -> None:
+    best = best_supersuit(speeds)
     print(f"{'':34}{'median':>12}   {'':26}{'x genuine':>11}{'x SuperSuit':>13}")
     for name, values in speeds.items():
+        median = statistics.median(values)
         spread = f"({min(values):,.0f} ... {max(values):,.0f})"
-        # ratios within a round, where both met the same machine
-        ratios = (
-            statistics.median(v / r for v, r in zip(values, speeds[reference], strict=True))
-            for reference in ("genuine, one process", best)
-        )
-        print(f"{name:34}{statistics.median(values):12,.0f}   {spread:26}" + "".join(f"{r:12,.1f}" for r in ratios))
+        row = f"{name:34}{median:12,.0f}   {spread:26}"
+        for reference in (GENUINE, best):
+            # ratios within a round, where both met the same machine
+            ratios = [v / r for v, r in zip(values, speeds[reference], strict=True)]
+            row += f"{statistics.median(ratios):12,.1f}"
+        print(row)
 
-    env = max(envs, key=lambda e: statistics.median(speeds[f"batched, {e.num_envs} envs"]))
-    step = batched_step(env, args.seed)
+
+def print_bounds(env: VecEnv, speeds: dict[str, list[float]], seed: int) -> None:
+    """What a step of this env spends its memory and time on."""
+    step = batched_step(env, seed)
     last = step()
     out = (last.obs.nbytes + last.state.nbytes) / env.num_envs
-    speed = statistics.median(speeds[f"batched, {env.num_envs} envs"])
-    bandwidth = copy_bandwidth(device)
+    speed = statistics.median(speeds[batched(env.num_envs)])
+    bandwidth = copy_bandwidth(env.device)
     launches, kinds = profile_steps(env, step)
-    alone = 1 / statistics.median(speeds["batched, 1 envs"]) if "batched, 1 envs" in speeds else float("nan")
+    alone = float("nan")  # seconds that a step of one env takes
+    if batched(1) in speeds:
+        alone = 1 / statistics.median(speeds[batched(1)])
     print(f"What bounds it, at {env.num_envs} envs:")
     print(f"  memory {memory_per_env(env, last):,.0f} bytes per env, results of the last step included")
     print(
@@ -216,7 +269,6 @@ def measure(env_id: str, args: Args) -> dict[str, list[float]]:
     )
     for share, kind in kinds:
         print(f"  {share:4.0%} {kind}")
-    return speeds
 
 
 def draw(results: dict[str, dict[str, list[float]]], args: Args) -> None:
@@ -225,17 +277,13 @@ def draw(results: dict[str, dict[str, list[float]]], args: Args) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for i, (env_id, speeds) in enumerate(results.items()):
+        colour = f"C{i}"
         medians = {name: statistics.median(values) for name, values in speeds.items()}
-        axes.plot(
-            args.num_envs,
-            [medians[f"batched, {n} envs"] for n in args.num_envs],
-            "o-",
-            color=f"C{i}",
-            label=f"{env_id}, batched",
-        )
-        best = max(m for name, m in medians.items() if name.startswith("SuperSuit"))
-        axes.axhline(best, ls="--", color=f"C{i}", label=f"{env_id}, SuperSuit at its best")
-        axes.axhline(medians["genuine, one process"], ls=":", color=f"C{i}", label=f"{env_id}, genuine, one process")
+        by_size = [medians[batched(n)] for n in args.num_envs]
+        axes.plot(args.num_envs, by_size, "o-", color=colour, label=f"{env_id}, batched")
+        best = medians[best_supersuit(speeds)]
+        axes.axhline(best, ls="--", color=colour, label=f"{env_id}, SuperSuit at its best")
+        axes.axhline(medians[GENUINE], ls=":", color=colour, label=f"{env_id}, genuine, one process")
     axes.set(xscale="log", yscale="log", xlabel="envs in the batch", ylabel="env-steps per second")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -5,7 +5,6 @@ python benchmark/learning_curves.py --runs runs/pursuit__* --output curves.png
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hyper_mappo
+from runs import flag, read_metrics
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Args:
 def describe(saved: dict, flags: tuple[str, ...]) -> str:
     """What a run's flags change of the defaults, as on the command line."""
     changed = [name for name in flags if saved[name] != getattr(hyper_mappo.Args, name)]
-    return " ".join(f"--{name.replace('_', '-')} {saved[name]}".removesuffix(" True") for name in changed) or "defaults"
+    given = [f"{flag(name)} {saved[name]}".removesuffix(" True") for name in changed]
+    return " ".join(given) or "defaults"
 
 
 def moving_mean(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, window: int) -> np.ndarray:
@@ -56,9 +57,9 @@ def moving_mean(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, window
 def main(args: Args) -> None:
     groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for run_dir in args.runs:
-        with open(run_dir / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["charts/episodic_return"]]
-        steps, returns = np.array([(int(row["global_step"]), float(row["charts/episodic_return"])) for row in rows]).T
+        rows = [row for row in read_metrics(run_dir) if row["charts/episodic_return"]]
+        steps = np.array([int(row["global_step"]) for row in rows])
+        returns = np.array([float(row["charts/episodic_return"]) for row in rows])
         name = describe(json.loads((run_dir / "args.json").read_text()), args.by)
         groups.setdefault(name, []).append((steps, returns))
     every = [curve for curves in groups.values() for curve in curves]

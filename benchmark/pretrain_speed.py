@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pretrain_vae
+import runs
 from dataset import Dataset, load_dataset
-from pretrain_vae import VAE, Samples, compute_losses, describe_input, gaussian_kl, network_input
+from opponent_samples import Samples, Spec, describe_input, network_input
+from pretrain_vae import SIZES, VAE, Extras, Gaussian, compute_losses, gaussian_kl
 
 
 @dataclass
@@ -37,6 +39,12 @@ class Args:
     """how long each turn is timed, at least; after a warm-up of 10 minibatches, which may have been prefetched"""
     workers: tuple[int, ...] = (0, 2)
     """num_workers of the DataLoader, one run each"""
+
+
+LIMITS = {
+    "at least 1": (lambda x: x >= 1, "batch_size rounds"),
+    "above 0": (lambda x: x > 0, "seconds"),
+}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -60,77 +68,110 @@ class Rows(torch.utils.data.Dataset):
         }
 
 
-def usual_loss(model: VAE, batch: dict[str, torch.Tensor], kl_coef: float) -> tuple[torch.Tensor, ...]:
-    features, seen = model.look(network_input(model.spec, batch["obs"], batch["seats"]))
-    mu, logvar = model.posterior(features, None)
-    z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
-    kl = gaussian_kl((mu, logvar), 0.0)
-    moa = F.cross_entropy(model.action_logits(seen, batch["timesteps"], z, batch["masks"]), batch["actions"])
-    return moa + kl_coef * kl, moa, kl
+def usual_losses(model: VAE, batch: dict[str, torch.Tensor], kl_coef: float) -> dict[str, torch.Tensor]:
+    """The same losses, written down for a batch of tensors."""
+    x = network_input(model.spec, batch["obs"], batch["seats"])
+    features, seen = model.look(x)
+    q = Gaussian(**model.posterior(features, None))
+    z = q.mu + torch.randn_like(q.mu) * (0.5 * q.logvar).exp()
+    kl = gaussian_kl(q, 0.0)
+    logits = model.action_logits(seen, batch["timesteps"], z, batch["masks"])
+    moa = F.cross_entropy(logits, batch["actions"])
+    return {"loss": moa + kl_coef * kl, "moa_loss": moa, "kl_loss": kl}
 
 
-def samples_per_second(steps, seconds: float) -> float:
-    """`steps` yields the number of samples of each minibatch once that is trained on."""
+class Trained:
+    """A new model and its optimizer."""
+
+    def __init__(self, args: pretrain_vae.Args, spec: Spec, device: torch.device):
+        self.args, self.device = args, device
+        config = {name: getattr(args, name) for name in SIZES} | {"spec": spec}
+        self.model = VAE(config).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate, fused=True)
+
+    def step(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def train_usual(
+    trained: Trained,
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+) -> Iterator[int]:
+    """The usual loop; gives the size of each minibatch once that is trained on."""
+    rows = Rows(dataset)
+    loader = torch.utils.data.DataLoader(rows, batch_size, shuffle=True, num_workers=workers)
+    while True:
+        for batch in loader:
+            batch = {name: x.to(trained.device) for name, x in batch.items()}
+            losses = usual_losses(trained.model, batch, trained.args.kl_coef)
+            trained.step(losses["loss"])
+            for loss in losses.values():
+                loss.item()  # as logged every step
+            yield len(batch["actions"])
+
+
+def train_ours(
+    trained: Trained,
+    dataset: Dataset,
+    batch_size: int,
+) -> Iterator[int]:
+    """The loop of pretrain_vae.py, likewise."""
+    args = trained.args
+    samples = Samples(dataset, trained.model.spec, trained.device, args.memory_limit_mb)
+    everything = np.arange(len(samples.first))
+    rng = np.random.default_rng(0)
+    extras = Extras("bce", kl_coef=args.kl_coef)
+    while True:
+        for batch in samples.single(everything, batch_size, rng):
+            losses, _ = compute_losses(trained.model, None, samples, batch, args, extras)
+            trained.step(losses["loss"])
+            yield len(batch.index)
+
+
+def samples_per_second(loop: Iterator[int], seconds: float) -> float:
+    """Trains for some time."""
     for _ in range(10):
-        next(steps)
-    start, count = time.perf_counter(), 0
+        next(loop)
+    start = time.perf_counter()
+    count = 0
     while time.perf_counter() - start < seconds:
-        count += next(steps)
+        count += next(loop)
     return count / (time.perf_counter() - start)
 
 
 def main(args: Args) -> None:
     dataset = load_dataset(args.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = runs.get_device(True)
     spec = describe_input(dataset, "obs")
     train_args = pretrain_vae.Args(data=args.data)
     torch.set_num_threads(train_args.num_threads)
-    sizes = ("model", "loss", "policy_input", "latent_size", "hidden_size", "history_size", "codebook_size")
-    config = {name: getattr(train_args, name) for name in sizes} | {"spec": spec}
-    extras = {"symmetries": None, "class_weights": None, "goal_steps": None, "recon_kind": "bce"}
-    extras["kl_coef"] = train_args.kl_coef
 
-    def new_model() -> tuple[VAE, torch.optim.Optimizer]:
-        model = VAE(config).to(device)
-        return model, torch.optim.AdamW(model.parameters(), lr=train_args.learning_rate, fused=True)
+    def new() -> Trained:
+        return Trained(train_args, spec, device)
 
-    def usual(workers: int):
-        model, optimizer = new_model()
-        rows = Rows(dataset)
-        loader = torch.utils.data.DataLoader(rows, args.batch_size, shuffle=True, num_workers=workers)
-        while True:
-            for batch in loader:
-                batch = {name: x.to(device) for name, x in batch.items()}
-                losses = usual_loss(model, batch, train_args.kl_coef)
-                optimizer.zero_grad()
-                losses[0].backward()
-                optimizer.step()
-                [loss.item() for loss in losses]  # as logged every step
-                yield len(batch["actions"])
-
-    def ours():
-        model, optimizer = new_model()
-        samples = Samples(dataset, spec, device, train_args.memory_limit_mb)
-        rng = np.random.default_rng(0)
-        while True:
-            for batch in samples.single(np.arange(len(samples.first)), args.batch_size, rng):
-                losses, _ = compute_losses(model, None, samples, batch, train_args, extras)
-                optimizer.zero_grad()
-                losses["loss"].backward()
-                optimizer.step()
-                yield len(batch.index)
-
-    print(f"{device}, {torch.get_num_threads()} threads, {dataset.active.sum()} samples, batches of {args.batch_size}")
-    loops = {"pretrain_vae.py": ours()} | {f"DataLoader, {n} workers": usual(n) for n in args.workers}
-    speeds = np.array([[samples_per_second(loop, args.seconds) for loop in loops.values()] for _ in range(args.rounds)])
-    for name, speed in zip(loops, speeds.T, strict=True):  # [rounds]
-        ratio = np.median(speeds[:, 0] / speed)
+    loops = {"pretrain_vae.py": train_ours(new(), dataset, args.batch_size)}
+    for workers in args.workers:
+        name = f"DataLoader, {workers} workers"
+        loops[name] = train_usual(new(), dataset, args.batch_size, workers)
+    num_samples = dataset.active.sum()
+    print(f"{device}, {torch.get_num_threads()} threads, {num_samples} samples, batches of {args.batch_size}")
+    speeds = {name: [] for name in loops}
+    for _ in range(args.rounds):
+        for name, loop in loops.items():
+            speeds[name].append(samples_per_second(loop, args.seconds))
+    ours = np.array(speeds["pretrain_vae.py"])  # [rounds]
+    for name, speed in speeds.items():
+        ratio = np.median(ours / speed)
         print(f"{name}: {np.median(speed):.0f} samples/s; pretrain_vae.py is {ratio:.1f} x as fast")
 
 
+def cli(argv: list[str] | None = None) -> int:
+    return runs.command_line(Args, main, LIMITS, argv)
+
+
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli())

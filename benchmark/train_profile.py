@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
 import hyper_mappo
+from runs import get_device
 
 
 @dataclass
@@ -67,27 +68,27 @@ def profile(hyper: str, args: Args) -> dict[str, float]:
 
     names = ("make_vec_env", "act", "ppo_loss", "compute_gae", "gradient_cosine")
     hyper_mappo_parts = {name: getattr(hyper_mappo, name) for name in names}
-    backward, adam = torch.autograd.grad, torch.optim.Adam.step
+    backward, adam = torch.Tensor.backward, torch.optim.Adam.step
     try:
         hyper_mappo.make_vec_env = make_timed_env
         hyper_mappo.act = timed("acting (forward)", hyper_mappo.act)
         hyper_mappo.ppo_loss = timed("update: forward", hyper_mappo.ppo_loss)
         hyper_mappo.gradient_cosine = timed("gradient cosine", hyper_mappo.gradient_cosine)
         hyper_mappo.compute_gae = timed("GAE", after_rollout)
-        torch.autograd.grad = timed("update: backward", backward)
+        torch.Tensor.backward = timed("update: backward", backward)
         torch.optim.Adam.step = timed("update: Adam", adam)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             fields = {"env_id": args.env_id, "hyper": hyper, "seed": args.seed, "update_threads": 1}
             flags = hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0)
-            batch = hyper_mappo.check_args(flags)[1] * flags.num_steps
-            flags.total_timesteps = args.updates * batch
-            start_of_second = time.perf_counter()
-            hyper_mappo.main(flags)
-            seconds["all updates, start-up and the rest"] = time.perf_counter() - start_of_second
+            resolved, _ = hyper_mappo.check_args(flags, get_device(flags.cuda))
+            total_timesteps = args.updates * resolved.num_envs * resolved.num_steps
+            start = time.perf_counter()
+            hyper_mappo.main(replace(flags, total_timesteps=total_timesteps))
+            seconds["all updates, start-up and the rest"] = time.perf_counter() - start
     finally:
         for name, function in hyper_mappo_parts.items():
             setattr(hyper_mappo, name, function)
-        torch.autograd.grad, torch.optim.Adam.step = backward, adam
+        torch.Tensor.backward, torch.optim.Adam.step = backward, adam
     return seconds
 
 

@@ -11,7 +11,6 @@ layers. Ours steps the batched twin; the others, and `none-genuine` (our plain M
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import math
@@ -20,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import typing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -36,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anyw
 import hyper_mappo
 from benchmark import cleanrl_style
 from envs import make_vec_env
+from runs import flag, read_metrics
 
-FORMS = typing.get_args(typing.get_type_hints(hyper_mappo.Args)["hyper"])
+FORMS = ("none", *hyper_mappo.FORMS)
 GENUINE = ("benchmarl", "cleanrl-style", "none-genuine")
 CONTROL = ("actor-context",)  # --hyper none --actor-context
 SHARED = ("update_epochs", "num_minibatches", "hidden_size", "seed")  # fields of all three programs
@@ -90,8 +89,8 @@ def train(side: str, fields: dict) -> dict:
         return cleanrl_style.train(cleanrl_style.Args(**fields)) | {"peak": peak_memory()}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
         run_dir = hyper_mappo.main(hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0))
-        with open(run_dir / "metrics.csv", newline="") as file:
-            sps = float(list(csv.DictReader(file))[-1]["charts/SPS"])  # over the last (up to 10) updates, not the first
+        last_row = read_metrics(run_dir)[-1]
+    sps = float(last_row["charts/SPS"])  # over the last (up to 10) updates, not the first
     weights = next(line for line in printed.getvalue().splitlines() if line.startswith("weights"))
     return {"sps": sps, "weights": weights.removeprefix("weights").strip(), "peak": peak_memory()}
 
@@ -102,7 +101,7 @@ def in_new_process(side: str, fields: dict) -> dict:
 
 
 def train_benchmarl(python: Path | None, fields: dict) -> dict:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    flags = [f"{flag(name)}={value}" for name, value in fields.items()]
     script = Path(__file__).with_name("benchmarl_mappo.py")
     done = subprocess.run([str(python), str(script), *flags], capture_output=True, text=True)
     if done.returncode:

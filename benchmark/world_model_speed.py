@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from envs import make_vec_env  # noqa: E402
+from envs import VecEnv, describe_obs, make_vec_env  # noqa: E402
+from runs import get_device  # noqa: E402
 from world_model import Args as ModelArgs  # noqa: E402
 from world_model import WorldModel  # noqa: E402
 
@@ -41,25 +43,28 @@ class Args:
 
 def steps_per_second(run: Callable[[], int], seconds: float, device: torch.device) -> float:
     """Calls `run`, which returns how many steps it made, for about `seconds` after one warm-up call."""
-
-    def wait() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     run()
-    start, steps = wait(), 0
-    while (now := wait()) - start < seconds:
+    start, steps = wait_for(device), 0
+    now = start
+    while now - start < seconds:
         steps += run()
+        now = wait_for(device)
     return steps / (now - start)
+
+
+def wait_for(device: torch.device) -> float:
+    """The time once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def random_model(env_id: str, device: torch.device) -> WorldModel:
     """A model of default size for this env."""
-    env, args = make_vec_env(env_id, 1, device, 0, backend="batched"), ModelArgs()
+    env = make_vec_env(env_id, 1, device, 0, backend="batched")
     channels = env.obs_shape[-1]
     config = {
-        "env_id": env_id,
+        "env_id": env.env_id,
         "env_kwargs": {},
         "obs_shape": list(env.obs_shape),
         "obs_dtype": "uint8",
@@ -67,56 +72,62 @@ def random_model(env_id: str, device: torch.device) -> WorldModel:
         "action_dim": int(env.action_space.n),
         "discrete": True,
         "has_mask": env.reset(0).action_mask is not None,
-        "levels": 1 if "stag_hunt" in env_id else 4,
+        "levels": 1,
         "obs_mean": [0.0] * channels,
         "obs_std": [1.0] * channels,
-        "hidden_size": args.hidden_size,
+        "hidden_size": ModelArgs().hidden_size,
         "loss": "obs",
         "obs_head": "categorical",
         "joint_action": "painted",
         "reward_head": "twohot",
         "reward_bins": [float(x) for x in range(16)],
     }
+    if "count" in describe_obs(config).kinds:
+        config["levels"] = 4
     return WorldModel(config).to(device).eval()
+
+
+def imagine(model: WorldModel, obs: torch.Tensor, actions: torch.Tensor) -> int:
+    """obs [B, *O], actions [B, H, A] -> imagined steps."""
+    model.rollout(obs, actions)
+    return actions.shape[0] * actions.shape[1]
+
+
+def step_env(env: VecEnv) -> int:
+    """One step of all envs with random actions -> agent steps."""
+    shape = (env.num_envs, env.num_agents)
+    env.step(torch.randint(int(env.action_space.n), shape, device=env.device))
+    return env.num_envs * env.num_agents
+
+
+def measure(env_id: str, args: Args, device: torch.device) -> None:
+    """Prints a line for each thing and batch size."""
+    model = random_model(env_id, device)
+    A, n = model.num_agents, model.action_dim
+    rows = {}
+    for B in args.batch_sizes:
+        env = make_vec_env(env_id, max(1, B // A), device, 0, backend="batched")
+        obs = env.reset(0).obs.flatten(0, 1)  # [N, A, *O] -> [N * A, *O]
+        actions = torch.randint(n, (len(obs), args.horizon, A), device=device)
+        rows["world model, rollout", B] = partial(imagine, model, obs, actions)
+        rows["batched env, step", B] = partial(step_env, env)
+    genuine = make_vec_env(env_id, 1, torch.device("cpu"), 0, backend="pettingzoo")
+    genuine.reset(0)
+    rows["genuine env, step", A] = partial(step_env, genuine)
+    print(env_id)
+    for name, size in sorted(rows, reverse=True):
+        speed = steps_per_second(rows[name, size], args.seconds, device)
+        print(f"  {name:32}{size:12,}  {speed:14,.0f}  {speed / A:12,.0f}")
 
 
 def main(args: Args) -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = get_device(args.cuda)
     print(f"{device}, {torch.get_num_threads()} CPU threads, horizon {args.horizon}")
     print(f"{'':34}{'views or':>12}  {'agent steps/s':>14}  {'env steps/s':>12}")
     for env_id in args.env_id:
-        model = random_model(env_id, device)
-        A, n = model.num_agents, model.action_dim
-        rows = {}
-        for B in args.batch_sizes:
-            env = make_vec_env(env_id, max(1, B // A), device, 0, backend="batched")
-            obs = env.reset(0).obs.flatten(0, 1)  # [N, A, *O] -> [N * A, *O]
-            actions = torch.randint(n, (len(obs), args.horizon, A), device=device)
-
-            def imagine(obs=obs, actions=actions, model=model) -> int:
-                model.rollout(obs, actions)
-                return len(obs) * args.horizon
-
-            def step(env=env, n=n) -> int:
-                env.step(torch.randint(n, (env.num_envs, env.num_agents), device=device))
-                return env.num_envs * env.num_agents
-
-            rows["world model, rollout", B] = imagine
-            rows["batched env, step", B] = step
-        genuine = make_vec_env(env_id, 1, torch.device("cpu"), 0, backend="pettingzoo", num_env_procs=0)
-        genuine.reset(0)
-
-        def step_genuine(env=genuine, n=n) -> int:
-            env.step(torch.randint(n, (1, env.num_agents)))
-            return env.num_agents
-
-        rows["genuine env, step", A] = step_genuine
-        print(env_id)
-        for (name, size), run in sorted(rows.items(), reverse=True):
-            speed = steps_per_second(run, args.seconds, device)
-            print(f"  {name:32}{size:12,}  {speed:14,.0f}  {speed / A:12,.0f}")
+        measure(env_id, args, device)
 
 
 if __name__ == "__main__":

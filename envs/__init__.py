@@ -20,10 +20,16 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
 import torch
+
+from runs import UsageError
+
+if TYPE_CHECKING:
+    from envs.pettingzoo_vec import EnvSpec
 
 
 class EnvStep:
@@ -103,8 +109,11 @@ class VecEnv:
     def num_agents(self) -> int:
         return len(self.agents)
 
-    def reset(self, seed: int) -> EnvStep:
-        """Starts N new episodes; the same seed gives the same episodes. Rewards and flags are zero."""
+    def reset(self, seed: int | None = None) -> EnvStep:
+        """Starts N new episodes; the same seed gives the same ones. None goes on with the random numbers in use.
+
+        Rewards and flags are zero.
+        """
         raise NotImplementedError
 
     def step(self, actions: torch.Tensor) -> EnvStep:
@@ -131,13 +140,65 @@ class VecEnv:
         pass
 
 
+# ---------------------------------------------------------------- what an observation means
+@dataclass(frozen=True)
+class ObsSpec:
+    """What the channels of one agent's observation [H, W, C] or [D] mean. Declared by its env, never guessed from data.
+
+    names        one per channel
+    kinds        one per channel: agent (one cell or none), binary, count, real
+    ego          where the agent stands in its own view: plane (in channel 0), centre, or none (not a grid)
+    team         the channel that counts all agents where there is no plane for each; None: there is none
+    window       the view is a window that moves with its agent
+    hunts        prey channel -> (action that hunts it, hunters needed on its cell)
+    moves        (row, column) steps of the first actions, where the game stays the same when its map is turned or
+                 mirrored along with them; empty: not known
+    certain      view and joint action determine what comes next
+    resimulates  the batched env can be put into any full state (positions, set_positions) to step from it again
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    ego: Literal["plane", "centre", "none"] = "none"
+    team: int | None = None
+    window: bool = False
+    hunts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    moves: tuple[tuple[int, int], ...] = ()
+    certain: bool = False
+    resimulates: bool = False
+
+    @property
+    def agent_planes(self) -> list[int]:
+        return [p for p, kind in enumerate(self.kinds) if kind == "agent"]
+
+
+def describe_obs(meta: dict[str, Any]) -> ObsSpec:
+    """What is known of an env's observations.
+
+    meta holds env_id (resolved), env_kwargs, num_agents, obs_shape and obs_dtype, as the meta of a dataset and the
+    config of a model do. Raises UsageError for shapes other than [D] and [H, W, C].
+    """
+    from envs import pursuit, stag_hunt
+
+    for game in (pursuit, stag_hunt):
+        if re.fullmatch(game.ENV_ID, meta["env_id"]):
+            return game.describe_obs(meta["num_agents"], meta["env_kwargs"])
+    shape = meta["obs_shape"]
+    if len(shape) not in (1, 3):
+        raise UsageError(f"expected observations [D] or [H, W, C], got shape {list(shape)}: flatten them first")
+    axis = "channel" if len(shape) == 3 else "dim"
+    names = tuple(f"{axis} {c}" for c in range(shape[-1]))
+    kind = "count" if meta["obs_dtype"] == "uint8" else "real"
+    return ObsSpec(names, (kind,) * shape[-1])
+
+
 # ---------------------------------------------------------------- names
 ALIASES = {"pursuit": "sisl/pursuit"}  # a registry id without version is its newest one
 BACKENDS = ("auto", "pettingzoo", "batched")
 
 
 def resolve_env_id(env_id: str) -> str:
-    """The full name of an env: "pursuit" -> "sisl/pursuit_v5". Raises ValueError for an unknown one."""
+    """The full name of an env: "pursuit" -> "sisl/pursuit_v5". Raises UsageError for an unknown one."""
     return _find_env(env_id)[0]
 
 
@@ -194,7 +255,7 @@ def _find_in_module(name: str) -> tuple[str, Callable[..., Any]]:
     if not callable(factory):
         if not factory_name and hasattr(module, "env"):
             raise _not_parallel(name)
-        raise ValueError(
+        raise UsageError(
             f"expected a function {factory_name or 'parallel_env'!r} that makes an env in module {module_name}, "
             "found none: give package.module:factory"
         )
@@ -205,11 +266,11 @@ def _underscored(registry_id: str) -> str:
     return re.sub(r"-v(\d+)$", r"_v\1", registry_id)
 
 
-def _not_parallel(name: str) -> ValueError:
-    return ValueError(f"expected an env with a parallel API, got {name!r}, whose agents move in turn: choose another")
+def _not_parallel(name: str) -> UsageError:
+    return UsageError(f"expected an env with a parallel API, got {name!r}, whose agents move in turn: choose another")
 
 
-def _unknown(env_id: str, reason: str) -> ValueError:
+def _unknown(env_id: str, reason: str) -> UsageError:
     import pettingzoo
 
     from envs import stag_hunt
@@ -218,7 +279,7 @@ def _unknown(env_id: str, reason: str) -> ValueError:
     registered = [_underscored(name) for name in getattr(pettingzoo, "parallel_registry", {}) if "/" in name]
     matches = difflib.get_close_matches(env_id, short + registered, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(matches)}? " if matches else ""
-    return ValueError(
+    return UsageError(
         f"unknown env id {env_id!r} ({reason}): {hint}expected {', '.join(short)}, "
         "an id of PettingZoo's registry or package.module:factory"
     )
@@ -228,7 +289,7 @@ def _unknown(env_id: str, reason: str) -> ValueError:
 def make_parallel_env(env_id: str, render_mode: str | None = None, **env_kwargs: Any) -> Any:
     """The genuine PettingZoo ParallelEnv, for evaluation and pictures.
 
-    Raises ValueError for an unknown id, an env without parallel API, and arguments that the env does not take.
+    Raises UsageError for an unknown id, an env without parallel API, and arguments that the env does not take.
     """
     if render_mode != "human":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame then needs no display
@@ -239,7 +300,7 @@ def make_parallel_env(env_id: str, render_mode: str | None = None, **env_kwargs:
     try:
         env = factory(**kwargs)
     except Exception as error:  # whatever anyone's env raises about its arguments
-        raise ValueError(f"{name} cannot be made: {_why(error)}") from error
+        raise UsageError(f"{name} cannot be made: {_why(error)}") from error
     if not isinstance(env, ParallelEnv):
         raise _not_parallel(f"{name} (a {type(env).__name__})")
     return env
@@ -263,46 +324,54 @@ def _why(error: Exception) -> str:
 
 def _batched_twin(env_id: str) -> Callable[..., VecEnv] | None:
     """What makes the batched form of an env; None where there is none."""
+    from envs import pursuit, stag_hunt
+
     name = resolve_env_id(env_id)
-    if re.fullmatch(r"(sisl/|pettingzoo\.sisl\.)pursuit_v\d+", name):
-        from envs.pursuit import PursuitVecEnv
-
-        return PursuitVecEnv
-    from envs import stag_hunt
-
+    if re.fullmatch(pursuit.ENV_ID, name):
+        return pursuit.PursuitVecEnv
     if name in stag_hunt.PRESETS:
         return functools.partial(stag_hunt.StagHuntVecEnv, **stag_hunt.preset_options(name))
     return None
 
 
-def check_env(env_id: str, backend: str = "auto", env_kwargs: dict[str, Any] | None = None) -> str:
-    """The backend that `make_vec_env` will use: "pettingzoo" or "batched".
+@dataclass(frozen=True)
+class CheckedEnv:
+    """What `check_env` found out, for `make_vec_env`: no env has to be made again to know it."""
 
-    Raises ValueError for an unknown env or backend, an env that is not parallel or whose spaces cannot be used, and
+    env_id: str  # resolved
+    backend: str  # "pettingzoo" or "batched"
+    env_kwargs: dict[str, Any]
+    spec: EnvSpec  # of the genuine env
+
+
+def check_env(env_id: str, backend: str = "auto", env_kwargs: dict[str, Any] | None = None) -> CheckedEnv:
+    """What `make_vec_env` will make, and on which backend: "auto" is the batched twin where there is one.
+
+    Raises UsageError for an unknown env or backend, an env that is not parallel or whose spaces cannot be used, and
     wrong arguments. To find that out it makes one genuine env, and one batched env where that is to be used.
     """
     from envs.pettingzoo_vec import probe_env
 
     if backend not in BACKENDS:
-        raise ValueError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}: choose one of them")
+        raise UsageError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}: choose one of them")
     env_kwargs = {} if env_kwargs is None else env_kwargs
     if not isinstance(env_kwargs, dict):
-        raise ValueError(f"expected the env's arguments by name (in JSON an object), got {env_kwargs!r}: name them")
+        raise UsageError(f"expected the env's arguments by name (in JSON an object), got {env_kwargs!r}: name them")
     twin = _batched_twin(env_id)
     if twin is None and backend == "batched":
-        raise ValueError(f"expected an env that has a batched form, got {env_id!r}: use --backend pettingzoo")
-    probe_env(env_id, env_kwargs)  # also where the twin trains: evaluation runs on the genuine env
+        raise UsageError(f"expected an env that has a batched form, got {env_id!r}: use --backend pettingzoo")
+    spec = probe_env(env_id, env_kwargs)  # also where the twin trains: evaluation runs on the genuine env
     if twin is None or backend == "pettingzoo":
-        return "pettingzoo"
+        return CheckedEnv(spec.env_id, "pettingzoo", env_kwargs, spec)
     try:
         twin(num_envs=1, device="cpu", seed=0, **env_kwargs)
     except TypeError as error:
-        raise ValueError(f"batched {env_id} cannot be made: {_why(error)}; or use --backend pettingzoo") from error
-    return "batched"
+        raise UsageError(f"batched {env_id} cannot be made: {_why(error)}; or use --backend pettingzoo") from error
+    return CheckedEnv(spec.env_id, "batched", env_kwargs, spec)
 
 
 def make_vec_env(
-    env_id: str,
+    env: str | CheckedEnv,
     num_envs: int,
     device: torch.device | str,
     seed: int,
@@ -312,21 +381,26 @@ def make_vec_env(
 ) -> VecEnv:
     """N copies of an env, reset with `seed`: its batched twin, or the genuine one through SuperSuit.
 
-    num_env_procs: worker processes for genuine envs; 0 or 1 steps them in this process. env_kwargs: arguments of
-    the genuine env. Raises ValueError, before any env of the N is made, for num_envs < 1, num_env_procs < 0 and
-    what `check_env` refuses.
+    env: an id, which is checked, or what `check_env` returned for it: then backend "auto" is the one found out, and
+    env_kwargs come on top of those checked (render_mode, say). num_env_procs: worker processes for genuine envs; 0 or
+    1 steps them in this process. Raises UsageError, before any env of the N is made, for num_envs < 1,
+    num_env_procs < 0 and what `check_env` refuses.
     """
     if num_envs < 1 or num_env_procs < 0:
-        raise ValueError(
+        raise UsageError(
             f"expected num_envs >= 1 and num_env_procs >= 0, got {num_envs} and {num_env_procs}: change them"
         )
-    if check_env(env_id, backend, env_kwargs) == "batched":
-        env = _batched_twin(env_id)(num_envs=num_envs, device=torch.device(device), seed=seed, **env_kwargs)
-        env.env_id = resolve_env_id(env_id)
-        return env
+    checked = env if isinstance(env, CheckedEnv) else check_env(env, backend, env_kwargs)
+    backend = checked.backend if backend == "auto" else backend
+    env_kwargs = {**checked.env_kwargs, **env_kwargs}
+    device = torch.device(device)
+    if backend == "batched":
+        envs = _batched_twin(checked.env_id)(num_envs=num_envs, device=device, seed=seed, **env_kwargs)
+        envs.env_id = checked.env_id
+        return envs
     from envs.pettingzoo_vec import PettingZooVecEnv
 
-    return PettingZooVecEnv(env_id, num_envs, device, seed, num_env_procs, **env_kwargs)
+    return PettingZooVecEnv(checked.spec, num_envs, device, seed, num_env_procs, **env_kwargs)
 
 
 def num_cpus() -> int:

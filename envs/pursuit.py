@@ -19,24 +19,41 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from envs import EnvStep, VecEnv
+from envs import EnvStep, ObsSpec, VecEnv
+from runs import UsageError
 
+ENV_ID = r"((sisl/|pettingzoo\.sisl\.)pursuit_v\d+|pursuit)"  # the ids of this game
 PURSUERS, EVADERS = 1, 2  # channels of observations, state and maps; 0 is the wall
-MOVES = ((-1, 0), (1, 0), (0, 1), (0, -1), (0, 0))  # (x, y) of actions 0 ... 4
+MOVE_X = (-1, 1, 0, 0, 0)  # of actions 0 ... 4: left, right, up, down, stay
+MOVE_Y = (0, 0, 1, -1, 0)
+STARTS_TRIED = 1024  # by the constructor, to find out whether there is room for everyone
+MAX_WINDOWS = 512  # different start windows among them
 
 # What state_dict saves: the episodes in flight, and what the last step returned.
 _STATE = (
     "pursuers evaders returns lengths prepared_pursuers prepared_evaders final_pursuers final_evaders "
     "rewards terminated truncations episode_over episode_returns episode_lengths"
 ).split()
+
+
+def describe_obs(num_agents: int, env_kwargs: dict[str, Any]) -> ObsSpec:
+    """What the channels of a pursuer's observation mean."""
+    return ObsSpec(
+        names=("walls", "pursuers", "evaders"),
+        kinds=("binary", "count", "count"),
+        ego="centre",
+        team=PURSUERS,
+        window=True,
+        resimulates=True,
+    )
 
 
 class PursuitVecEnv(VecEnv):
@@ -57,7 +74,7 @@ class PursuitVecEnv(VecEnv):
     constraint_window  relative size of the window in which everyone starts, in (0, 1]
 
     obs is [N, A, R, R, 3] and state [N, y_size, x_size, 3], both uint8: index order y, x, channel;
-    channels wall, number of pursuers, number of evaders. Raises ValueError for bad arguments.
+    channels wall, number of pursuers, number of evaders. Raises UsageError for bad arguments.
     """
 
     env_id = "pursuit"
@@ -85,86 +102,118 @@ class PursuitVecEnv(VecEnv):
         surround: bool = True,
         constraint_window: float = 1.0,
     ):
-        self.env_kwargs = {k: v for k, v in locals().items() if k not in ("self", "num_envs", "device", "seed")}
-        _check_arguments(num_envs, **self.env_kwargs)
-        self.num_envs, self.device = num_envs, torch.device(device)
+        arguments = locals()
+        self.env_kwargs = {name: arguments[name] for name in DEFAULTS}
+        _check_arguments(num_envs, self.env_kwargs)
+        _check_room(x_size, y_size, constraint_window, (n_pursuers, n_evaders))
+        self.num_envs = num_envs
+        self.device = torch.device(device)
         self.agents = [f"pursuer_{i}" for i in range(n_pursuers)]
         self.obs_shape = (obs_range, obs_range, 3)
         self.state_shape = (y_size, x_size, 3)
         self.action_space = gym.spaces.Discrete(5)
-        self.x_size, self.y_size, self.max_cycles = x_size, y_size, max_cycles
-        self.n_evaders, self.n_catch, self.obs_range = n_evaders, n_catch, obs_range
-        self.shared_reward, self.freeze_evaders, self.surround = shared_reward, freeze_evaders, surround
-        self.catch_reward, self.urgency_reward = catch_reward, urgency_reward
+        self.x_size = x_size
+        self.y_size = y_size
+        self.max_cycles = max_cycles
+        self.n_evaders = n_evaders
+        self.n_catch = n_catch
+        self.obs_range = obs_range
+        self.shared_reward = shared_reward
+        self.freeze_evaders = freeze_evaders
+        self.surround = surround
+        self.catch_reward = catch_reward
+        self.urgency_reward = urgency_reward
         self.constraint_window = constraint_window
         # On a CPU a branch on data is free. On an accelerator it would stall the queue, so there is none.
         self.no_sync = self.device.type != "cpu"
         self.generator = torch.Generator(self.device)
-        self._make_tables(tag_reward)
+        self._make_cell_tables()
+        self._make_constants(tag_reward)
         self._picture = None  # a genuine env that draws, made by the first render()
         self.reset(seed)
 
-    def _make_tables(self, tag_reward: float) -> None:
+    def _make_cell_tables(self) -> None:
+        """What depends on a cell alone."""
         wall = _wall(self.x_size, self.y_size)  # [Y, X] bool
         self.border = max(1, self.obs_range // 2)
         self.width = self.x_size + 2 * self.border
         self.grave = (self.y_size + 2 * self.border) * self.width
         held = self.grave + 1
-        num_cells = self.grave + 2  # S
+        self.num_cells = self.grave + 2  # S
 
-        y, x = torch.meshgrid(torch.arange(self.y_size), torch.arange(self.x_size), indexing="ij")  # [Y, X]
-        cell = self._cell(x, y)
-        dx, dy = torch.tensor(MOVES).T  # [5]
-        to_x, to_y = x[..., None] + dx, y[..., None] + dy  # [Y, X, 5]
-        near_x, near_y = to_x.clamp(0, self.x_size - 1), to_y.clamp(0, self.y_size - 1)
-        blocked = (near_x != to_x) | (near_y != to_y) | wall[near_y, near_x]
-        to_cell = self._cell(to_x, to_y)
+        y = torch.arange(self.y_size)[:, None]  # [Y, 1]
+        x = torch.arange(self.x_size)  # [X]
+        cell = self._cell(x, y)  # [Y, X]
+        to_x = x[:, None] + torch.tensor(MOVE_X)  # [X, 5]
+        to_y = y[..., None] + torch.tensor(MOVE_Y)  # [Y, 1, 5]
+        to_cell = self._cell(to_x, to_y)  # [Y, X, 5]
+        near_x = to_x.clamp(0, self.x_size - 1)
+        near_y = to_y.clamp(0, self.y_size - 1)
+        near_cell = self._cell(near_x, near_y)  # [Y, X, 5], the cell itself where a move leads off the map
+        blocked = (near_cell != to_cell) | wall[near_y, near_x]
 
-        def table(values: torch.Tensor, elsewhere: torch.Tensor) -> torch.Tensor:
+        def table(values: Tensor, elsewhere: Tensor) -> Tensor:
             """[Y, X, K] -> [S, K], with `elsewhere` ([K] or [S, 1]) in cells that are not on the map."""
-            result = elsewhere.expand(num_cells, values.shape[2]).clone()
+            result = elsewhere.expand(self.num_cells, values.shape[2]).clone()
             result[cell] = values
             return result.to(self.device)
 
-        stay = torch.arange(num_cells)[:, None]  # [S, 1]
+        stay = torch.arange(self.num_cells)[:, None]  # [S, 1]
         # [S * 5] where an action leads to. Moving off the map or into the wall is staying.
-        self.next_cell = table(torch.where(blocked, cell[..., None], to_cell), stay).flatten()
+        next_cell = torch.where(blocked, cell[..., None], to_cell)
+        self.next_cell = table(next_cell, stay).flatten()
         # [S, 4] whose evaders a pursuer tags. At the edge of the map its own cell stands in for the missing one.
-        self.tag_cells = table(self._cell(near_x, near_y)[..., :4], stay)
+        self.tag_cells = table(near_cell[..., :4], stay)
         # [S, 4] or [S, 1] where pursuers must stand to catch an evader. Walls and edges count as held, except that on
         # a map one cell wide the genuine env waits for one pursuer more than there are places: nobody is ever caught.
         if self.surround:
             closed = self.grave if 1 in (self.x_size, self.y_size) else held
-            self.reach = table(to_cell.masked_fill(blocked, closed)[..., :4], stay)
+            reach = to_cell.masked_fill(blocked, closed)
+            self.reach = table(reach[..., :4], stay)
         else:
             self.reach = table(cell[..., None], stay)
         self.is_open = (~wall).to(self.device)  # [Y, X]
         self.start_cell = cell.flatten().to(self.device)  # [Y * X] by y * x_size + x
         # [S, 3] the map without anyone
-        self.blank = table(F.pad(wall[..., None].byte(), (0, 2)), torch.tensor([1, 0, 0], dtype=torch.uint8))
+        walls_only = F.pad(wall[..., None].byte(), (0, 2))  # [Y, X, 3]
+        all_wall = torch.tensor([1, 0, 0], dtype=torch.uint8)
+        self.blank = table(walls_only, all_wall)
         self.blank[held, PURSUERS] = 1
-        # [1, 1] made once: a new tensor on an accelerator would wait for it. Counts wrap around: adding 255 is -1.
-        self.one, self.minus_one = torch.tensor([[[1]], [[255]]], dtype=torch.uint8, device=self.device)
 
+    def _make_constants(self, tag_reward: float) -> None:
+        """Tensors made once: a new one on an accelerator would wait for it."""
+        device, num_agents = self.device, self.num_agents
+        # [1, 1] Counts wrap around: adding 255 is -1.
+        one = {"size": (1, 1), "dtype": torch.uint8, "device": device}
+        self.one = torch.full(**one, fill_value=1)
+        self.minus_one = torch.full(**one, fill_value=255)
         # Where the rows of a pursuer's view begin, relative to its cell, in all maps laid end to end
         half = self.obs_range // 2
-        rows = (torch.arange(self.obs_range) - half) * self.width - half  # [R]
-        self.view_offset = (torch.arange(self.num_envs)[:, None, None] * num_cells + rows).to(self.device)  # [N, 1, R]
+        row = torch.arange(self.obs_range) - half
+        map_start = torch.arange(self.num_envs) * self.num_cells
+        offset = map_start[:, None, None] + row * self.width - half
+        self.view_offset = offset.to(device)  # [N, 1, R]
         # Pursuers move one after another and everyone is paid after every move: in j of A sub-steps pursuer j is
         # paid for the place where it was before.
-        order = torch.arange(self.num_agents, device=self.device)
-        self.old_tag_reward = tag_reward / self.num_agents * order  # [A]
-        self.new_tag_reward = tag_reward / self.num_agents * (self.num_agents - order)  # [A]
-        self.active = torch.ones(self.num_envs, self.num_agents, dtype=torch.bool, device=self.device)
+        order = torch.arange(num_agents, device=device)
+        self.old_tag_reward = tag_reward / num_agents * order  # [A]
+        self.new_tag_reward = tag_reward / num_agents * (num_agents - order)  # [A]
+        shape = (self.num_envs, num_agents)
+        self.active = torch.ones(shape, dtype=torch.bool, device=device)
 
-    def _cell(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (y + self.border) * self.width + x + self.border
+    def _cell(self, x: Tensor, y: Tensor) -> Tensor:
+        row = y + self.border
+        column = x + self.border
+        return row * self.width + column
 
-    def reset(self, seed: int) -> EnvStep:
-        self.generator.manual_seed(seed)
-        return self._begin(*self._draw_starts(self.num_envs))
+    def reset(self, seed: int | None = None) -> EnvStep:
+        """Starts N new episodes; the same seed gives the same ones. None goes on with the random numbers in use."""
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        pursuers, evaders = self._draw_starts(self.num_envs)
+        return self._begin(pursuers, evaders)
 
-    def step(self, actions: torch.Tensor, evader_actions: torch.Tensor | None = None) -> EnvStep:
+    def step(self, actions: Tensor, evader_actions: Tensor | None = None) -> EnvStep:
         """Steps all envs. actions: [N, A] int64 in 0 ... 4 (left, right, up, down, stay).
 
         evader_actions, [N, E] likewise, dictates the evaders' moves (those of caught evaders are ignored).
@@ -173,42 +222,25 @@ class PursuitVecEnv(VecEnv):
         actions = self._check_actions("actions", actions, self.num_agents)
         if evader_actions is not None:
             evader_actions = self._check_actions("evader_actions", evader_actions, self.n_evaders)
-        pursuer_map, evader_map = self.maps[..., PURSUERS], self.maps[..., EVADERS]  # [N, S] views
 
-        # Pursuers move. Each is paid for the evaders next to it, before and after.
-        rewards = self._tags() * self.old_tag_reward  # [N, A]
-        _count(pursuer_map, self.pursuers, self.minus_one)
-        self.pursuers = self._move(self.pursuers, actions)
-        _count(pursuer_map, self.pursuers, self.one)
-        rewards = rewards + self._tags() * self.new_tag_reward
-
-        # Evaders are caught. A pursuer took part when evaders vanish from the cells that it reaches.
-        pursuers_near = _look(pursuer_map, _rows(self.reach, self.evaders)).amin(-1)  # [N, E]
-        caught = pursuers_near >= (1 if self.surround else self.n_catch)
-        reached = _rows(self.reach, self.pursuers)  # [N, A, 4 or 1]
-        evaders_near = _look(evader_map, reached)
-        evader_map.scatter_add_(1, self.evaders, -caught.to(torch.uint8))
-        self.evaders = self.evaders.masked_fill(caught, self.grave)
-        took_part = (_look(evader_map, reached) != evaders_near).any(-1)  # [N, A]
+        rewards = self._move_pursuers(actions)  # [N, A]
+        took_part = self._catch_evaders()  # [N, A]
         rewards = rewards + self.catch_reward * took_part + self.urgency_reward
         if self.shared_reward:
-            rewards = rewards.mean(1, keepdim=True).repeat(1, self.num_agents)
+            team_reward = rewards.mean(1, keepdim=True)
+            rewards = team_reward.repeat(1, self.num_agents)
+        self._move_evaders(evader_actions)
 
-        # The other evaders move.
-        if evader_actions is None and not self.freeze_evaders:
-            evader_actions = torch.randint(5, self.evaders.shape, device=self.device, generator=self.generator)
-        if evader_actions is not None:
-            _count(evader_map, self.evaders, self.minus_one)
-            self.evaders = self._move(self.evaders, evader_actions)
-            _count(evader_map, self.evaders, self.one)
-
-        # At the time limit the genuine env reports no termination, even where the last evader was just caught.
         self.rewards = rewards
-        self.episode_returns, self.episode_lengths = self.returns + rewards, self.lengths + 1
+        self.episode_returns = self.returns + rewards
+        self.episode_lengths = self.lengths + 1
         self.truncations = self.episode_lengths >= self.max_cycles
-        self.terminated = (self.evaders == self.grave).all(1) & ~self.truncations  # [N]
+        # At the time limit the genuine env reports no termination, even where the last evader was just caught.
+        all_caught = (self.evaders == self.grave).all(1)  # [N]
+        self.terminated = all_caught & ~self.truncations
         self.episode_over = self.terminated | self.truncations
-        self.final_pursuers, self.final_evaders = self.pursuers, self.evaders
+        self.final_pursuers = self.pursuers
+        self.final_evaders = self.evaders
         self._restart()
         return self._env_step()
 
@@ -228,18 +260,20 @@ class PursuitVecEnv(VecEnv):
 
         Random numbers continue as well, unless the state comes from another type of device.
         """
-        ours, theirs = self.env_kwargs | {"num_envs": self.num_envs}, dict(state_dict["env_kwargs"])
-        theirs["num_envs"] = len(state_dict["pursuers"])
+        ours = {**self.env_kwargs, "num_envs": self.num_envs}
+        theirs = {**state_dict["env_kwargs"], "num_envs": len(state_dict["pursuers"])}
         for name, value in ours.items():
             if theirs[name] != value:
                 raise ValueError(
                     f"expected a state with {name}={value}, got {theirs[name]}; make the env with that value"
                 )
         for name in _STATE:
-            setattr(self, name, state_dict[name].to(self.device))
+            tensor = state_dict[name].to(self.device)
+            setattr(self, name, tensor)
         self.steps = state_dict["steps"]
         if state_dict["generator_device"] == self.device.type:
-            self.generator.set_state(state_dict["generator"].cpu())
+            generator = state_dict["generator"].cpu()
+            self.generator.set_state(generator)
         self.maps = self._draw_maps(self.pursuers, self.evaders)
         return self._env_step()
 
@@ -250,7 +284,11 @@ class PursuitVecEnv(VecEnv):
 
             self._picture = Pursuit(**self.env_kwargs, render_mode="rgb_array")
         pursuers, evaders = self.positions()
-        place_in_genuine(self._picture, pursuers[0].tolist(), evaders[0].tolist())
+        place_in_genuine(
+            self._picture,
+            pursuers[0].tolist(),
+            evaders[0].tolist(),
+        )
         return self._picture.render()
 
     def close(self) -> None:
@@ -260,51 +298,67 @@ class PursuitVecEnv(VecEnv):
 
     # --- positions from and to outside
 
-    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def positions(self) -> tuple[Tensor, Tensor]:
         """(x, y) of everyone: [N, A, 2] and [N, E, 2] int64, (-1, -1) for evaders that were caught."""
-        both = torch.cat([self.pursuers, self.evaders], 1)  # [N, A + E]
-        xy = torch.stack([both % self.width, both // self.width], -1) - self.border
-        xy = xy.masked_fill((both == self.grave)[..., None], -1)
-        return xy[:, : self.num_agents], xy[:, self.num_agents :]
+        return self._xy(self.pursuers), self._xy(self.evaders)
 
-    def set_positions(self, pursuers: torch.Tensor, evaders: torch.Tensor) -> EnvStep:
+    def _xy(self, cells: Tensor) -> Tensor:
+        """[N, M] -> [N, M, 2]"""
+        x = cells % self.width - self.border
+        y = cells // self.width - self.border
+        xy = torch.stack([x, y], dim=-1)
+        caught = cells == self.grave
+        return xy.masked_fill(caught[..., None], -1)
+
+    def set_positions(self, pursuers: Tensor, evaders: Tensor) -> EnvStep:
         """Begins a new episode in every env with everyone at (x, y): [N, A, 2] and [N, E, 2] int64.
 
         Raises ValueError for a wrong shape or a place off the map or in the wall. Evaders at (-1, -1) are caught.
         """
-        cells = []
-        for name, xy, num in (("pursuers", pursuers, self.num_agents), ("evaders", evaders, self.n_evaders)):
-            if xy.shape != (self.num_envs, num, 2):
-                raise ValueError(
-                    f"expected {name} of shape {(self.num_envs, num, 2)}, got {tuple(xy.shape)}; give (x, y)"
-                )
-            x, y = xy.to(self.device).unbind(-1)  # [N, num]
-            caught = (x == -1) & (y == -1) if name == "evaders" else torch.zeros_like(x, dtype=torch.bool)
-            near_x, near_y = x.clamp(0, self.x_size - 1), y.clamp(0, self.y_size - 1)
-            free = (near_x == x) & (near_y == y) & self.is_open[near_y, near_x]
-            if not (free | caught).all():
-                raise ValueError(f"expected {name} on free cells of the map, got one outside or in the wall; move it")
-            cells.append(self._cell(x, y).masked_fill(caught, self.grave))
-        return self._begin(*cells)
+        pursuer_cells = self._cells_at("pursuers", pursuers, self.num_agents)
+        evader_cells = self._cells_at("evaders", evaders, self.n_evaders)
+        return self._begin(pursuer_cells, evader_cells)
+
+    def _cells_at(self, team: str, xy: Tensor, num: int) -> Tensor:
+        """[N, num, 2] -> [N, num]"""
+        shape = (self.num_envs, num, 2)
+        if xy.shape != shape:
+            raise ValueError(f"expected {team} of shape {shape}, got {tuple(xy.shape)}; give (x, y)")
+        x, y = xy.to(self.device).unbind(-1)  # [N, num]
+        near_x = x.clamp(0, self.x_size - 1)
+        near_y = y.clamp(0, self.y_size - 1)
+        allowed = (near_x == x) & (near_y == y)
+        allowed &= self.is_open[near_y, near_x]
+        cells = self._cell(x, y)
+        if team == "evaders":
+            caught = (x == -1) & (y == -1)
+            allowed |= caught
+            cells = cells.masked_fill(caught, self.grave)
+        if not allowed.all():
+            raise ValueError(f"expected {team} on free cells of the map, got one outside or in the wall; move it")
+        return cells
 
     # --- parts of a step
 
-    def _begin(self, pursuers: torch.Tensor, evaders: torch.Tensor) -> EnvStep:
+    def _begin(self, pursuers: Tensor, evaders: Tensor) -> EnvStep:
         """Begins a new episode in every env."""
         self.steps = 0  # taken since; decides when the prepared starts are renewed
-        N, A, device = self.num_envs, self.num_agents, self.device
         self.pursuers = self.final_pursuers = self.prepared_pursuers = pursuers  # [N, A] cells
         self.evaders = self.final_evaders = self.prepared_evaders = evaders  # [N, E] cells
         self.maps = self._draw_maps(pursuers, evaders)  # [N, S, 3]
-        self.rewards = self.returns = self.episode_returns = torch.zeros(N, A, device=device)
-        self.lengths = self.episode_lengths = torch.zeros(N, dtype=torch.int64, device=device)
-        self.terminated = self.truncations = self.episode_over = torch.zeros(N, dtype=torch.bool, device=device)
+        nothing_yet = torch.zeros(self.num_envs, self.num_agents, device=self.device)
+        self.rewards = self.returns = self.episode_returns = nothing_yet
+        no_steps = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        self.lengths = self.episode_lengths = no_steps
+        nowhere = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self.terminated = self.truncations = self.episode_over = nowhere
         return self._env_step()
 
-    def _check_actions(self, name: str, actions: torch.Tensor, num: int) -> torch.Tensor:
-        if actions.shape != (self.num_envs, num) or actions.dtype != torch.int64:
+    def _check_actions(self, name: str, actions: Tensor, num: int) -> Tensor:
+        shape = (self.num_envs, num)
+        if actions.shape != shape or actions.dtype != torch.int64:
             raise ValueError(
-                f"expected {name} of shape {(self.num_envs, num)} and dtype torch.int64, "
+                f"expected {name} of shape {shape} and dtype torch.int64, "
                 f"got {tuple(actions.shape)} and {actions.dtype}; give one number in 0 ... 4 per env and agent"
             )
         if actions.device.type != self.device.type:
@@ -316,17 +370,63 @@ class PursuitVecEnv(VecEnv):
             raise ValueError(f"expected {name} in 0 ... 4, got {low.item()} ... {high.item()}; check who chose them")
         return actions
 
-    def _move(self, cells: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.next_cell.index_select(0, (cells * 5 + actions).flatten()).view_as(cells)
+    def _move_pursuers(self, actions: Tensor) -> Tensor:
+        """Each pursuer is paid for the evaders next to it, before and after: -> rewards [N, A]"""
+        pursuer_map = self.maps[..., PURSUERS]  # [N, S], a view
+        old_rewards = self._tags() * self.old_tag_reward
+        _count(pursuer_map, self.pursuers, self.minus_one)
+        self.pursuers = self._moved(self.pursuers, actions)
+        _count(pursuer_map, self.pursuers, self.one)
+        new_rewards = self._tags() * self.new_tag_reward
+        return old_rewards + new_rewards
 
-    def _tags(self) -> torch.Tensor:
+    def _catch_evaders(self) -> Tensor:
+        """Evaders that are caught go to the grave: -> which pursuers took part [N, A] bool"""
+        pursuer_map = self.maps[..., PURSUERS]
+        evader_map = self.maps[..., EVADERS]
+        evaders_reached_from = _rows(self.reach, self.evaders)  # [N, E, 4 or 1]
+        pursuers_near = _look(pursuer_map, evaders_reached_from).amin(-1)  # [N, E]
+        pursuers_needed = 1 if self.surround else self.n_catch
+        caught = pursuers_near >= pursuers_needed
+        # A pursuer took part when evaders vanish from the cells that it reaches.
+        reached = _rows(self.reach, self.pursuers)  # [N, A, 4 or 1]
+        evaders_before = _look(evader_map, reached)
+        evader_map.scatter_add_(1, self.evaders, -caught.byte())
+        evaders_after = _look(evader_map, reached)
+        self.evaders = self.evaders.masked_fill(caught, self.grave)
+        return (evaders_after != evaders_before).any(-1)
+
+    def _move_evaders(self, actions: Tensor | None) -> None:
+        if actions is None:
+            if self.freeze_evaders:
+                return
+            actions = torch.randint(
+                high=5,
+                size=self.evaders.shape,
+                generator=self.generator,
+                device=self.device,
+            )
+        evader_map = self.maps[..., EVADERS]
+        _count(evader_map, self.evaders, self.minus_one)
+        self.evaders = self._moved(self.evaders, actions)
+        _count(evader_map, self.evaders, self.one)
+
+    def _moved(self, cells: Tensor, actions: Tensor) -> Tensor:
+        index = cells * 5 + actions
+        moved = self.next_cell.index_select(0, index.flatten())
+        return moved.view_as(cells)
+
+    def _tags(self) -> Tensor:
         """Evaders next to each pursuer, [N, A]."""
-        return _look(self.maps[..., EVADERS], _rows(self.tag_cells, self.pursuers)).sum(-1)
+        evader_map = self.maps[..., EVADERS]
+        cells = _rows(self.tag_cells, self.pursuers)  # [N, A, 4]
+        return _look(evader_map, cells).sum(-1)
 
     def _restart(self) -> None:
         """Same-step autoreset: puts the envs whose episode is over at a new start."""
         over = self.episode_over
-        self.returns = self.episode_returns.masked_fill(over[:, None], 0.0)
+        over_column = over[:, None]  # [N, 1]
+        self.returns = self.episode_returns.masked_fill(over_column, 0.0)
         self.lengths = self.episode_lengths.masked_fill(over, 0)
         if self.no_sync:
             # Which envs ended is unknown here, so every env holds a start that is prepared for it. Renewing them all
@@ -334,8 +434,8 @@ class PursuitVecEnv(VecEnv):
             if self.steps % min(16, self.max_cycles) == 0:
                 self.prepared_pursuers, self.prepared_evaders = self._draw_starts(self.num_envs)
             self.steps += 1
-            self.pursuers = torch.where(over[:, None], self.prepared_pursuers, self.pursuers)
-            self.evaders = torch.where(over[:, None], self.prepared_evaders, self.evaders)
+            self.pursuers = torch.where(over_column, self.prepared_pursuers, self.pursuers)
+            self.evaders = torch.where(over_column, self.prepared_evaders, self.evaders)
             self.maps = self._draw_maps(self.pursuers, self.evaders)
         elif over.any():
             rows = over.nonzero()[:, 0]
@@ -344,49 +444,64 @@ class PursuitVecEnv(VecEnv):
             self.evaders = self.evaders.index_copy(0, rows, evaders)
             self.maps[rows] = self._draw_maps(pursuers, evaders)
 
-    def _draw_starts(self, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw_starts(self, num: int) -> tuple[Tensor, Tensor]:
         """Cells [num, A] and [num, E] at the start of `num` episodes."""
-        low, high = [], []
-        for size in (self.x_size, self.y_size):
-            start = torch.rand(num, device=self.device, generator=self.generator) * (1 - self.constraint_window)
-            low.append((size * start).long())
-            high.append((size * (start + self.constraint_window)).long())
-        free = self.is_open & _inside(self.x_size, self.y_size, low, high)  # [num, Y, X]
-        placed = _place(free, (self.num_agents, self.n_evaders), self.generator, self.no_sync)
-        return tuple(self.start_cell[cells] for cells, _ in placed)
+        in_x = self._draw_window(num, self.x_size)  # [num, X]
+        in_y = self._draw_window(num, self.y_size)  # [num, Y]
+        free = self.is_open & in_x[:, None, :] & in_y[:, :, None]  # [num, Y, X]
+        teams = (self.num_agents, self.n_evaders)
+        places, _ = _place(free, teams, self.generator, self.no_sync)
+        pursuers, evaders = places
+        return self.start_cell[pursuers], self.start_cell[evaders]
 
-    def _draw_maps(self, pursuers: torch.Tensor, evaders: torch.Tensor) -> torch.Tensor:
+    def _draw_window(self, num: int, size: int) -> Tensor:
+        """The part of an axis of `size` cells in which everyone starts: [num, size] bool"""
+        start = torch.rand(num, device=self.device, generator=self.generator)
+        start = start * (1 - self.constraint_window)
+        low = (size * start).long()
+        high = (size * (start + self.constraint_window)).long()
+        return _between(low, high, size)
+
+    def _draw_maps(self, pursuers: Tensor, evaders: Tensor) -> Tensor:
         """[M, A] and [M, E] cells -> [M, S, 3] maps."""
         maps = self.blank.repeat(len(pursuers), 1, 1)
         _count(maps[..., PURSUERS], pursuers, self.one)
         _count(maps[..., EVADERS], evaders, self.one)
         return maps
 
-    def _observe(self, maps: torch.Tensor, pursuers: torch.Tensor) -> torch.Tensor:
+    def _observe(self, maps: Tensor, pursuers: Tensor) -> Tensor:
         """[M, S, 3] maps, [M, A] -> [M, A, R, R, 3]."""
         R = self.obs_range
         # Each R neighbours in x of all maps, as rows that overlap in memory: a view is R of these rows, copied whole.
         runs = maps.flatten().unfold(0, 3 * R, 3)  # [M * S - R + 1, 3 * R]
         rows = pursuers[..., None] + self.view_offset[: len(maps)]  # [M, A, R]
-        return runs.index_select(0, rows.flatten()).view(*pursuers.shape, R, R, 3)
+        views = runs.index_select(0, rows.flatten())  # [M * A * R, 3 * R]
+        return views.view(*pursuers.shape, R, R, 3)
 
-    def _crop(self, maps: torch.Tensor, pursuers: torch.Tensor) -> torch.Tensor:
+    def _crop(self, maps: Tensor) -> Tensor:
         """[M, S, 3] maps -> [M, Y, X, 3], the state."""
-        whole = maps[:, : self.grave].unflatten(1, (-1, self.width))  # [M, Y + 2 border, X + 2 border, 3]
-        return whole[:, self.border : -self.border, self.border : -self.border].contiguous()
+        inside = slice(self.border, -self.border)
+        on_grid = maps[:, : self.grave]
+        bordered = on_grid.unflatten(1, (-1, self.width))  # [M, Y + 2 border, X + 2 border, 3]
+        return bordered[:, inside, inside].contiguous()
 
     def _env_step(self) -> EnvStep:
-        obs, state = self._observe(self.maps, self.pursuers), self._crop(self.maps, self.pursuers)
-        over, pursuers, evaders = self.episode_over, self.final_pursuers, self.final_evaders
+        obs = self._observe(self.maps, self.pursuers)
+        state = self._crop(self.maps)
+        over = self.episode_over
+        final_pursuers, final_evaders = self.final_pursuers, self.final_evaders
 
-        def final(look: Callable, after: torch.Tensor) -> torch.Tensor:
+        def final(after: Tensor, look: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             """What the ended episodes came to, drawn again from the positions before the restart."""
             if self.no_sync:
-                return look(self._draw_maps(pursuers, evaders), pursuers)
+                maps = self._draw_maps(final_pursuers, final_evaders)
+                return look(maps, final_pursuers)
             if not over.any():
                 return after
             rows = over.nonzero()[:, 0]
-            return after.index_copy(0, rows, look(self._draw_maps(pursuers[rows], evaders[rows]), pursuers[rows]))
+            pursuers, evaders = final_pursuers[rows], final_evaders[rows]
+            maps = self._draw_maps(pursuers, evaders)
+            return after.index_copy(0, rows, look(maps, pursuers))
 
         return EnvStep(
             obs=obs,
@@ -397,46 +512,57 @@ class PursuitVecEnv(VecEnv):
             terminations=self.terminated[:, None].repeat(1, self.num_agents),
             truncations=self.truncations,
             episode_over=over,
-            final_obs=partial(final, self._observe, obs),
-            final_state=partial(final, self._crop, state),
+            final_obs=lambda: final(obs, self._observe),
+            final_state=lambda: final(state, lambda maps, _: self._crop(maps)),
             episode_returns=self.episode_returns,
             episode_lengths=self.episode_lengths,
         )
 
 
-def _wall(x_size: int, y_size: int) -> torch.Tensor:
+DEFAULTS = inspect.getfullargspec(PursuitVecEnv.__init__).kwonlydefaults  # of the game's own arguments
+
+
+def _wall(x_size: int, y_size: int) -> Tensor:
     """[Y, X] bool."""
     x = torch.arange(x_size, dtype=torch.float64) / x_size
     y = torch.arange(y_size, dtype=torch.float64) / y_size
-    return ((y > 0.2) & (y < 0.8))[:, None] & ((x > 0.3) & (x < 0.7))
+    in_x = (x > 0.3) & (x < 0.7)
+    in_y = (y > 0.2) & (y < 0.8)
+    return in_y[:, None] & in_x
 
 
-def _rows(table: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+def _rows(table: Tensor, cells: Tensor) -> Tensor:
     """table [S, K], cells [N, M] -> [N, M, K]."""
-    return table.index_select(0, cells.flatten()).view(*cells.shape, -1)
+    rows = table.index_select(0, cells.flatten())
+    return rows.view(*cells.shape, -1)
 
 
-def _count(counts: torch.Tensor, cells: torch.Tensor, one: torch.Tensor) -> None:
+def _count(counts: Tensor, cells: Tensor, one: Tensor) -> None:
     """Adds `one` ([1, 1], plus or minus one) to counts [N, S] at cells [N, M]."""
     counts.scatter_add_(1, cells, one.expand_as(cells))
 
 
-def _look(counts: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+def _look(counts: Tensor, cells: Tensor) -> Tensor:
     """counts [N, S] at cells [N, M, K] -> [N, M, K]."""
-    return counts.gather(1, cells.flatten(1)).view(cells.shape)
+    found = counts.gather(1, cells.flatten(1))
+    return found.view(cells.shape)
 
 
-def _inside(x_size: int, y_size: int, low: list[torch.Tensor], high: list[torch.Tensor]) -> torch.Tensor:
-    """Windows from low to high, each [x, y] of [M] -> [M, Y, X] bool."""
-    in_x, in_y = (
-        (torch.arange(size, device=lo.device) >= lo[:, None]) & (torch.arange(size, device=lo.device) < hi[:, None])
-        for size, lo, hi in zip((x_size, y_size), low, high, strict=True)
-    )
-    return in_y[:, :, None] & in_x[:, None, :]
+def _between(low: Tensor, high: Tensor, size: int) -> Tensor:
+    """low and high [M] -> [M, size] bool: whether low <= index < high"""
+    index = torch.arange(size, device=low.device)
+    from_low = index >= low[:, None]
+    below_high = index < high[:, None]
+    return from_low & below_high
 
 
-def _place(free: torch.Tensor, nums: tuple[int, ...], generator: torch.Generator, no_sync: bool) -> list:
-    """Places teams of `nums` on free [M, Y, X]; for each team the flat cells [M, num] and if there was room [M] bool.
+def _place(
+    free: Tensor,
+    nums: tuple[int, ...],
+    generator: torch.Generator,
+    no_sync: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Places teams of `nums` on free [M, Y, X] -> flat cells [M, num] for each team; if all found room, [M] bool.
 
     The genuine env places one after another, uniform over the free cells that are neither taken nor next to a
     taken one. That is going through the cells in random order and taking each that has no taken neighbour. All
@@ -446,61 +572,108 @@ def _place(free: torch.Tensor, nums: tuple[int, ...], generator: torch.Generator
 
     Where there is no room left the genuine env would search for ever; here the rest goes to any other free cell.
     """
-    shape = (len(free), len(nums), *free.shape[1:])  # [M, teams, Y, X]
+    num_maps, *map_shape = free.shape
+    shape = (num_maps, len(nums), *map_shape)  # [M, teams, Y, X]
     taken_bonus = 2**30
-    keys = torch.randint(1, taken_bonus, shape, dtype=torch.int32, device=free.device, generator=generator)
+    keys = torch.randint(
+        low=1,
+        high=taken_bonus,
+        size=shape,
+        dtype=torch.int32,
+        generator=generator,
+        device=free.device,
+    )
     score = undecided = keys * free[:, None]
     # Each round decides at least two links of a chain of growing keys; that 16 rounds leave anything undecided
     # happens less often than 1e-15 (a chain of 32 neighbours in order).
     for _ in range(16):
         taken = undecided > _largest_neighbour(undecided)
         score = score + taken.int() * taken_bonus
-        undecided = undecided.masked_fill(taken | (_largest_neighbour(taken.int()) > 0), 0)
+        beside_taken = _largest_neighbour(taken.int()) > 0
+        undecided = undecided.masked_fill(taken | beside_taken, 0)
         if not no_sync and not undecided.any():
             break
-    best = [score[:, team].flatten(1).topk(num) for team, num in enumerate(nums)]
-    return [(cells, values[:, -1] > taken_bonus) for values, cells in best]
+    places = []
+    found_room = torch.ones(num_maps, dtype=torch.bool, device=free.device)
+    for team, num in enumerate(nums):
+        team_score = score[:, team].flatten(1)  # [M, Y * X]
+        best, cells = team_score.topk(num)  # [M, num]
+        places.append(cells)
+        found_room &= best[:, -1] > taken_bonus
+    return places, found_room
 
 
-def _largest_neighbour(grid: torch.Tensor) -> torch.Tensor:
+def _largest_neighbour(grid: Tensor) -> Tensor:
     """The largest of the up to four neighbours' values, 0 where there is none. [..., Y, X] -> the same."""
     grid = F.pad(grid, (1, 1, 1, 1))
-    rows, columns = grid[..., 1:-1, :], grid[..., 1:-1]
-    in_x = torch.maximum(rows[..., :-2], rows[..., 2:])
-    return torch.maximum(in_x, torch.maximum(columns[..., :-2, :], columns[..., 2:, :]))
+    rows = grid[..., 1:-1, :]
+    columns = grid[..., 1:-1]
+    left, right = rows[..., :-2], rows[..., 2:]
+    above, below = columns[..., :-2, :], columns[..., 2:, :]
+    in_x = torch.maximum(left, right)
+    in_y = torch.maximum(above, below)
+    return torch.maximum(in_x, in_y)
 
 
-def _check_arguments(num_envs: int, **kwargs: Any) -> None:
-    """Raises ValueError in one line for what the game cannot be played with."""
-    for name, value in {"num_envs": num_envs, **kwargs}.items():
-        default = inspect.signature(PursuitVecEnv).parameters[name].default
-        kind = int if name == "num_envs" else type(default)
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"expected {name} of type {kind.__name__}, got {value!r}; give one")
-        at_least_one = ("num_envs", "x_size", "y_size", "max_cycles", "n_evaders", "n_pursuers", "obs_range", "n_catch")
-        if name in at_least_one and value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}; give a larger number")
-        if name in ("n_evaders", "n_pursuers") and value > 255:
-            raise ValueError(f"expected {name} <= 255 (counts are uint8), got {value}; use fewer, or the genuine env")
-    if kwargs["obs_range"] % 2 == 0:
-        raise ValueError(
-            f"expected an odd obs_range, got {kwargs['obs_range']}; a pursuer sits in the middle of its view"
-        )
-    window = kwargs["constraint_window"]
+AT_LEAST_ONE = "num_envs x_size y_size max_cycles n_evaders n_pursuers obs_range n_catch".split()
+
+
+def _check_arguments(num_envs: int, env_kwargs: dict[str, Any]) -> None:
+    """Raises UsageError in one line for numbers that the game cannot be played with."""
+    _check_type("num_envs", num_envs, int)
+    for name, default in DEFAULTS.items():
+        _check_type(name, env_kwargs[name], type(default))
+    numbers = {"num_envs": num_envs, **env_kwargs}
+    for name in AT_LEAST_ONE:
+        if numbers[name] < 1:
+            raise UsageError(f"expected {name} >= 1, got {numbers[name]}; give a larger number")
+    for name in ("n_evaders", "n_pursuers"):
+        if numbers[name] > 255:
+            raise UsageError(
+                f"expected {name} <= 255 (counts are uint8), got {numbers[name]}; use fewer, or the genuine env"
+            )
+    obs_range, window = env_kwargs["obs_range"], env_kwargs["constraint_window"]
+    if obs_range % 2 == 0:
+        raise UsageError(f"expected an odd obs_range, got {obs_range}; a pursuer sits in the middle of its view")
     if not 0 < window <= 1:
-        raise ValueError(f"expected constraint_window in (0, 1], got {window}; 1.0 is the whole map")
+        raise UsageError(f"expected constraint_window in (0, 1], got {window}; 1.0 is the whole map")
 
-    # Does everyone find room in every window? Tried out, because the genuine env may search for ever where not.
-    x_size, y_size = kwargs["x_size"], kwargs["y_size"]
-    windows = list(itertools.product(_windows(x_size, window), _windows(y_size, window)))
-    windows = windows[:: math.ceil(len(windows) / 512)] * math.ceil(1024 / len(windows))
-    (x_low, x_high), (y_low, y_high) = torch.tensor(windows).permute(1, 2, 0)  # [M] each
-    free = ~_wall(x_size, y_size) & _inside(x_size, y_size, [x_low, y_low], [x_high, y_high])  # [M, Y, X]
-    room = free.sum((1, 2)).min().item()
-    nums = (kwargs["n_pursuers"], kwargs["n_evaders"])
-    generator = torch.Generator().manual_seed(0)
-    if max(nums) > room or not all(fits.all() for _, fits in _place(free, nums, generator, False)):
-        raise ValueError(
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    """A whole number will do for a float, but a bool is no number."""
+    kinds = (int, float) if kind is float else kind
+    bool_instead = isinstance(value, bool) and kind is not bool
+    if bool_instead or not isinstance(value, kinds):
+        raise UsageError(f"expected {name} of type {kind.__name__}, got {value!r}; give one")
+
+
+def _check_room(
+    x_size: int,
+    y_size: int,
+    window: float,
+    nums: tuple[int, int],
+) -> None:
+    """UsageError where not everyone finds room in every window: tried out, as the genuine env may search for ever."""
+    x_ranges = _windows(x_size, window)
+    y_ranges = _windows(y_size, window)
+    windows = list(itertools.product(x_ranges, y_ranges))
+    every = math.ceil(len(windows) / MAX_WINDOWS)
+    windows = windows[::every]
+    repeats = math.ceil(STARTS_TRIED / len(windows))
+    windows = windows * repeats  # M of ((x from, to), (y from, to))
+    x_range, y_range = torch.tensor(windows).unbind(1)  # [M, 2] each
+    in_x = _between(*x_range.T, x_size)  # [M, X]
+    in_y = _between(*y_range.T, y_size)  # [M, Y]
+    is_open = ~_wall(x_size, y_size)
+    free = is_open & in_x[:, None, :] & in_y[:, :, None]  # [M, Y, X]
+    room = int(free.sum((1, 2)).min())
+    fits = max(nums) <= room
+    if fits:
+        generator = torch.Generator().manual_seed(0)
+        _, found_room = _place(free, nums, generator, no_sync=False)
+        fits = bool(found_room.all())
+    if not fits:
+        raise UsageError(
             f"expected room for {nums[0]} pursuers and {nums[1]} evaders with no two of a team side by side, got a "
             f"start window with {room} free cells on a {x_size} x {y_size} map; enlarge the map or the window"
         )
@@ -509,26 +682,42 @@ def _check_arguments(num_envs: int, **kwargs: Any) -> None:
 def _windows(size: int, window: float) -> list[tuple[int, int]]:
     """All (low, high) that a start window of relative size `window` may have along an axis of `size` cells."""
     last = 1 - window
-    edges = [i / size - offset for i in range(size + 1) for offset in (0, window)]
-    edges = sorted({0.0, last, *(edge for edge in edges if 0 < edge < last)})
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)] or [0.0]
-    return sorted({(int(size * start), int(size * (start + window))) for start in middles})
+    edges = {0.0, last}
+    for i in range(size + 1):
+        for edge in (i / size, i / size - window):
+            if 0 < edge < last:
+                edges.add(edge)
+    between = itertools.pairwise(sorted(edges))
+    middles = [(a + b) / 2 for a, b in between]
+    found = set()
+    for start in middles or [0.0]:
+        low = int(size * start)
+        high = int(size * (start + window))
+        found.add((low, high))
+    return sorted(found)
 
 
-def place_in_genuine(genuine: Any, pursuers: list, evaders: list) -> None:
+def place_in_genuine(
+    genuine: Any,
+    pursuers: list[tuple[int, int]],
+    evaders: list[tuple[int, int]],
+) -> None:
     """Puts everyone of a genuine env (pettingzoo's class Pursuit) at (x, y); evaders at (-1, -1) are caught."""
     from pettingzoo.sisl.pursuit.utils.agent_layer import AgentLayer
     from pettingzoo.sisl.pursuit.utils.agent_utils import create_agents
 
-    caught = [x == -1 for x, _ in evaders]
-    layers = []
-    for places in (pursuers, [place for place, gone in zip(evaders, caught, strict=True) if not gone]):
+    def make_layer(places: list) -> AgentLayer:
         agents = create_agents(len(places), genuine.map_matrix, genuine.obs_range, genuine.np_random)
         for agent, (x, y) in zip(agents, places, strict=True):
             agent.set_position(x, y)
-        layers.append(AgentLayer(genuine.x_size, genuine.y_size, agents))
-    genuine.pursuer_layer, genuine.evader_layer = layers
-    genuine.pursuers, genuine.evaders = (layer.allies for layer in layers)
-    genuine.evaders_gone[:] = caught
+        return AgentLayer(genuine.x_size, genuine.y_size, agents)
+
+    free_evaders = [(x, y) for x, y in evaders if x != -1]
+    genuine.pursuer_layer = make_layer(pursuers)
+    genuine.evader_layer = make_layer(free_evaders)
+    genuine.pursuers = genuine.pursuer_layer.allies
+    genuine.evaders = genuine.evader_layer.allies
+    genuine.evaders_gone[:] = [x == -1 for x, _ in evaders]
     genuine.model_state[0] = genuine.map_matrix
-    genuine.model_state[1], genuine.model_state[2] = (layer.get_state_matrix() for layer in layers)
+    genuine.model_state[1] = genuine.pursuer_layer.get_state_matrix()
+    genuine.model_state[2] = genuine.evader_layer.get_state_matrix()

@@ -1,8 +1,10 @@
 """Collected data tells what really happened: it is replayed in the genuine game, and who sat where is recorded."""
 
 import itertools
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 import collect_data
 from collect_data import Args, make_mixes
-from dataset import check_alignment, load_dataset
+from dataset import check_alignment, load_dataset, row_fields
 from envs.stag_hunt import action_probs
+from runs import UsageError
 
 
 def collect(tmp_path, **kwargs):
@@ -76,14 +79,21 @@ def test_seats_are_alike(tmp_path):
     assert (np.abs(returns.mean(0) - returns.mean()) < 4 * error + 1e-6).all()
 
 
-def test_a_checkpoint_takes_its_seats(tmp_path):
-    """Its actions are recorded in its seats only, and its memory starts afresh with each episode."""
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A trained run on the stag hunt."""
     import hyper_mappo
 
     args = {"env_id": "stag_hunt", "total_timesteps": 256, "num_envs": 8, "num_steps": 32, "num_minibatches": 2}
-    args |= {"eval_episodes": 0, "cuda": False, "runs_dir": str(tmp_path / "runs")}
-    run_dir = str(hyper_mappo.main(hyper_mappo.Args(**args)))
-    policy = hyper_mappo.load_policy(run_dir)
+    args |= {"eval_episodes": 0, "cuda": False, "runs_dir": str(tmp_path_factory.mktemp("runs"))}
+    return str(hyper_mappo.main(hyper_mappo.Args(**args)))
+
+
+def test_a_checkpoint_takes_its_seats(tmp_path, run_dir):
+    """Its actions are recorded in its seats only, and its memory starts afresh with each episode."""
+    import hyper_mappo
+
+    policy = hyper_mappo.Policy(run_dir)
     assert policy.act.__self__ is policy  # the seam that collect_data.py relies on
     data = collect(tmp_path / "data", policies=(run_dir, "stay"))
     assert data.meta["policies"] == [run_dir, "stay"]
@@ -92,6 +102,69 @@ def test_a_checkpoint_takes_its_seats(tmp_path):
     assert (data.actions[data.active & (data.policy_ids == 0)] != 4).mean() > 0.3
     with pytest.raises(ValueError, match="has .*'obs_shape': .8, 8, 7.*; use its env"):
         collect(tmp_path / "other", env_id="stag_hunt-8x8-4h1s", policies=(run_dir,))
+
+
+def test_values_are_the_critics_and_change_nothing_else(tmp_path, run_dir):
+    import hyper_mappo
+
+    policies = ("nearest_stag", run_dir, "random")
+    plain = collect(tmp_path / "plain", num_steps=300, policies=policies)
+    data = collect(tmp_path / "values", num_steps=300, policies=policies, values_of=run_dir)
+    assert plain.values is None and plain.meta["values_of"] is None and plain.meta["has_values"] is False
+    assert data.meta["values_of"] == Path(run_dir).name and data.meta["has_values"] is True
+    for name in row_fields(plain.meta):
+        np.testing.assert_array_equal(getattr(data, name), getattr(plain, name))
+    critic = hyper_mappo.load_critic(run_dir)
+    expected = critic(torch.from_numpy(np.array(data.states))).numpy()
+    assert data.values.dtype == np.float32 and data.values.shape == expected.shape
+    np.testing.assert_allclose(data.values[data.active], expected[data.active], rtol=1e-4, atol=1e-5)
+    assert not data.values[~data.active].any() and data.values[data.active].std() > 0
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"env_id": "stag_hunt-8x8-4h1s"}, r"states \[4, 4, 7\] and 4 agents, but .* \[8, 8, 7\] and 4"),
+        ({"env_id": "pursuit"}, r"states \[4, 4, 7\] and 4 agents, but .* \[16, 16, 3\] and 8"),
+        ({"env_id": "stag_hunt", "env_kwargs": '{"num_players": 3}'}, r"and 4 agents, but .* \[4, 4, 6\] and 3"),
+        ({"values_of": "no_such_run"}, "no checkpoint at"),
+    ],
+)
+def test_a_critic_of_another_env_is_refused_in_one_line(tmp_path, run_dir, kwargs, message):
+    with pytest.raises(UsageError, match=message) as error:
+        collect(tmp_path, **{"policies": ("random",), "values_of": run_dir, **kwargs})
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_program_is_no_user_error(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("a shape of ours")
+
+    monkeypatch.setattr(collect_data, "make_rows", broken)
+    with pytest.raises(ValueError, match="a shape of ours"):
+        collect_data.cli(["--env-id", "stag_hunt", "--no-cuda", "--data-dir", str(tmp_path)])
+
+
+def test_a_stopped_collection_keeps_the_episodes_that_ended(tmp_path, monkeypatch, capsys):
+    real, calls = collect_data.DatasetWriter.add, []
+
+    def stopped(self, rows, episode_over):
+        real(self, rows, episode_over)
+        calls.append(self.num_steps)
+        if len(calls) == 45:  # before the writer commits by itself
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect_data.DatasetWriter, "add", stopped)
+    command = ["--env-id", "stag_hunt", "--no-cuda", "--num-envs", "8", "--num-steps", "600", "--name", "toy"]
+    command += ["--data-dir", str(tmp_path)]
+    assert collect_data.cli(command) == 130
+    assert "--resume" in capsys.readouterr().err
+    committed = json.loads((tmp_path / "toy.partial" / "progress.json").read_text())["num_steps"]
+    assert committed == calls[-1] > 0
+    monkeypatch.setattr(collect_data.DatasetWriter, "add", real)
+    assert collect_data.cli([*command, "--resume"]) == 0
+    check_alignment(load_dataset(tmp_path / "toy"))
 
 
 def test_same_seed_same_data_other_seed_other_data(tmp_path):
@@ -149,7 +222,7 @@ def test_pursuit_and_the_genuine_env(tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, kwargs, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         collect(tmp_path, **kwargs)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())

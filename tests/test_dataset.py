@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import DatasetWriter, check_alignment, describe, ego_order, load_dataset, make_meta, rotate_to_ego
+from dataset import DatasetWriter, check_alignment, cli, describe, ego_order, load_dataset, make_meta, rotate_to_ego
+from runs import UsageError
 
 A, OBS_SHAPE, LENGTHS = 3, (2, 2), (3, 5, 2)  # agents, observation shape, episode length of each of the three envs
 
 
-def tiny_meta(obs_dtype="uint8"):
+def tiny_meta(obs_dtype="uint8", **kwargs):
+    policies = ["left", "right"]
     return make_meta(
-        "toy", {"size": 2}, A, OBS_SHAPE, obs_dtype, (4,), "float32", 4, (), True, ["left", "right"], seed=0
+        "toy", {"size": 2}, A, OBS_SHAPE, obs_dtype, (4,), "float32", 4, (), True, policies, seed=0, **kwargs
     )
 
 
@@ -83,12 +85,12 @@ def test_an_unfinished_collection_is_no_dataset_and_can_be_continued(tmp_path):
     feed(writer, 11, first_step=12)  # written but never committed: lost
     for file in writer.files.values():
         file.flush()  # the process dies here
-    with pytest.raises(ValueError, match="unfinished"):
+    with pytest.raises(UsageError, match="unfinished"):
         load_dataset(tmp_path / "toy")
-    with pytest.raises(ValueError, match="--resume"):
+    with pytest.raises(UsageError, match="--resume"):
         DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
     other = tiny_meta() | {"seed": 5}
-    with pytest.raises(ValueError, match="seed 0, not 5"):
+    with pytest.raises(UsageError, match="seed 0, not 5"):
         DatasetWriter(tmp_path / "toy", other, num_envs=3, resume=True)
     writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
     assert writer.num_steps == committed
@@ -96,7 +98,7 @@ def test_an_unfinished_collection_is_no_dataset_and_can_be_continued(tmp_path):
     data = load_dataset(writer.close())
     assert data.num_steps == committed + 90
     check_alignment(data)
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(UsageError, match="exists"):
         DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
 
 
@@ -124,10 +126,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path):
 
     committed, real = writer.num_steps, writer.files["rewards"]
     writer.files["rewards"] = FullDisk(real)
-    with pytest.raises(ValueError, match="No space left on device.*--resume") as error:
+    with pytest.raises(UsageError, match="No space left on device.*--resume") as error:
         feed(writer, 10, first_step=20)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="unfinished"):
+    with pytest.raises(UsageError, match="unfinished"):
         load_dataset(tmp_path / "toy")
     for file in (*writer.files.values(), real):
         file.close()
@@ -169,32 +171,32 @@ def set_first(value):
 def test_a_wrong_field_is_one_line(tmp_path, name, change, message):
     path = tiny_dataset(tmp_path)
     rewrite(path, name, change)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         load_dataset(path)
     assert "\n" not in str(error.value)
 
 
 def test_missing_truncated_and_foreign_files(tmp_path):
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(UsageError, match="found none"):
         load_dataset(tmp_path / "nowhere")
     path = tiny_dataset(tmp_path)
     file = path / "rewards.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(UsageError, match="truncated"):
         load_dataset(path)
     file.unlink()
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(UsageError, match="missing"):
         load_dataset(path)
     np.save(file, np.array([{"a": "pickle in disguise"}]), allow_pickle=True)
-    with pytest.raises(ValueError, match="plain numbers"):
+    with pytest.raises(UsageError, match="plain numbers"):
         load_dataset(path)
     file.write_bytes(whole)
     load_dataset(path)
     meta = json.loads((path / "meta.json").read_text())
     for broken in ({"format": "hdf5"}, [], {**meta, "version": 99}, {**meta, "num_steps": 0}):
         (path / "meta.json").write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match="marl-dataset version 1"):
+        with pytest.raises(UsageError, match="marl-dataset version 1"):
             load_dataset(path)
 
 
@@ -204,25 +206,76 @@ def test_nan_observations_are_found(tmp_path):
     path = writer.close()
     load_dataset(path)
     rewrite(path, "observations", set_first(np.nan))
-    with pytest.raises(ValueError, match="observations.npy: expected finite numbers"):
+    with pytest.raises(UsageError, match="observations.npy: expected finite numbers"):
         load_dataset(path)
 
 
 def test_misaligned_observations_are_found(tmp_path):
     path = tiny_dataset(tmp_path)
     rewrite(path, "next_observations", lambda x: np.roll(x, 1, axis=0))
-    with pytest.raises(ValueError, match="next row"):
+    with pytest.raises(UsageError, match="next row"):
         check_alignment(load_dataset(path))
 
 
 def test_a_row_of_wrong_shape_is_refused_by_the_writer(tmp_path):
     writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
-    with pytest.raises(ValueError, match="rewards of a row"):
+    with pytest.raises(ValueError, match="rewards of a row") as error:
         feed(writer, 5, break_field=lambda rows: rows.update(rewards=np.zeros((3, 2))))
+    assert not isinstance(error.value, UsageError)  # a mistake of the program that calls it
+
+
+def dataset_with_values(tmp_path):
+    """The value of a seat is 10 times its number, also where the agent has left."""
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(values_of="run"), num_envs=3)
+    value = np.broadcast_to(10.0 * (1 + np.arange(A)), (3, A)).copy()
+    feed(writer, 30, break_field=lambda rows: rows.update(values=value))
+    return writer.close()
+
+
+def test_values_travel_in_the_data_and_are_zero_for_agents_that_left(tmp_path):
+    path = dataset_with_values(tmp_path)
+    data = load_dataset(path)
+    assert data.values.shape == (90, A) and data.values.dtype == np.float32
+    assert data.meta["has_values"] is True and data.meta["values_of"] == "run"
+    np.testing.assert_array_equal(data.values, data.active * 10.0 * (1 + np.arange(A)))
+    expected = (10 * 90 + 20 * 90 + 30 * 31) / (90 + 90 + 31)  # seat 2 is there in the first step of each episode
+    assert f"values of run: mean {expected:.3f}, 10.000 ... 30.000" in describe(data)
+    rewrite(path, "values", lambda x: x + 1)
+    with pytest.raises(UsageError, match="values.npy: expected 0 for agents that have left"):
+        load_dataset(path)
+    rewrite(path, "values", lambda x: np.where(x == 1, 0, np.nan).astype(np.float32))
+    with pytest.raises(UsageError, match="values.npy: expected finite numbers"):
+        load_dataset(path)
+    (path / "values.npy").unlink()
+    with pytest.raises(UsageError, match="values.npy.*missing"):
+        load_dataset(path)
+
+
+def test_a_dataset_from_before_there_were_values_still_loads(tmp_path):
+    path = tiny_dataset(tmp_path)
+    meta = json.loads((path / "meta.json").read_text())
+    assert meta.pop("has_values") is False and meta.pop("values_of") is None
+    (path / "meta.json").write_text(json.dumps(meta))
+    data = load_dataset(path)
+    assert data.values is None and data.meta["has_values"] is False and "values" not in describe(data)
+
+
+def test_a_collection_from_before_there_were_values_is_continued_without(tmp_path):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    feed(writer, 12)
+    writer.flush()
+    file = writer.partial / "progress.json"
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("has_values", "values_of")}
+    file.write_text(json.dumps(old))
+    with pytest.raises(UsageError, match="has_values|values_of"):
+        DatasetWriter(tmp_path / "toy", tiny_meta(values_of="run"), num_envs=3, resume=True)
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
+    feed(writer, 30)
+    assert load_dataset(writer.close()).values is None
 
 
 def test_an_empty_collection_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no episode has ended"):
+    with pytest.raises(UsageError, match="no episode has ended"):
         tiny_dataset(tmp_path, num_steps=1)
 
 
@@ -250,11 +303,11 @@ def test_held_out_policies_sit_in_no_training_episode(tmp_path):
     seats = data.policy_ids[data.episode_starts[:-1]]
     assert (seats[split["heldout_policies"]] == 1).any(1).all() and len(split["heldout_policies"]) == 6
     assert (seats[split["train"]] == 0).all() and (seats[split["heldout_episodes"]] == 0).all()
-    with pytest.raises(ValueError, match="one of left, right, got 'centre'"):
+    with pytest.raises(UsageError, match="one of left, right, got 'centre'"):
         data.split_episodes(0, holdout_policies=("centre",))
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(UsageError, match="between 0 and 1"):
         data.split_episodes(0, heldout_fraction=1.0)
-    with pytest.raises(ValueError, match="collect more"):
+    with pytest.raises(UsageError, match="collect more"):
         data.split_episodes(0, holdout_policies=("left",))
 
 
@@ -277,3 +330,17 @@ def test_command_line(tmp_path):
     assert done.returncode == 0 and "90 steps in 31 episodes" in done.stdout and "valid" in done.stdout
     done = subprocess.run([sys.executable, "-m", "dataset", "nowhere"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_command_line_without_a_dataset_says_how(capsys):
+    assert cli([]) == 2
+    assert capsys.readouterr().err == "usage: python -m dataset data/NAME\n"
+
+
+def test_an_error_of_the_program_is_no_user_error(tmp_path, monkeypatch):
+    def broken(dataset):
+        raise ValueError("a shape of ours")
+
+    monkeypatch.setattr("dataset.describe", broken)
+    with pytest.raises(ValueError, match="a shape of ours"):
+        cli([str(tiny_dataset(tmp_path))])

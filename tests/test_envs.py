@@ -11,8 +11,19 @@ import pytest
 import torch
 from pettingzoo.utils.env import ParallelEnv
 
-from envs import EnvStep, check_env, default_env_procs, make_parallel_env, make_vec_env, resolve_env_id
+import envs
+from envs import (
+    EnvStep,
+    VecEnv,
+    check_env,
+    default_env_procs,
+    describe_obs,
+    make_parallel_env,
+    make_vec_env,
+    resolve_env_id,
+)
 from envs.pettingzoo_vec import PettingZooVecEnv, episode_seed
+from runs import UsageError
 
 SMALL_PURSUIT = dict(x_size=8, y_size=8, n_pursuers=3, n_evaders=3, obs_range=5)
 ZOMBIES = dict(spawn_delay=1, max_zombies=40)  # agents die after about 100 steps
@@ -165,9 +176,14 @@ def assert_equal_steps(one: EnvStep, other: EnvStep) -> None:
 def test_contract(name):
     env_id, kwargs, num_steps = ENVS[name]
     env = make_vec_env(env_id, 2, "cpu", 0, backend="pettingzoo", **kwargs)
-    N, A = env.num_envs, env.num_agents
     assert env.backend == "pettingzoo" and env.agents == make_parallel_env(env_id, **kwargs).possible_agents
     assert env.obs_dtype == (torch.uint8 if "pistonball" in name else torch.float32)
+    check_contract(env, num_steps, masked=name in ("speaker", "toy", "toy-state", "toy-masks"))
+    env.close()
+
+
+def check_contract(env: VecEnv, num_steps: int, masked: bool) -> None:
+    N, A = env.num_envs, env.num_agents
     shapes = dict(
         obs=((N, A, *env.obs_shape), env.obs_dtype),
         final_obs=((N, A, *env.obs_shape), env.obs_dtype),
@@ -186,7 +202,7 @@ def test_contract(name):
         for field, (shape, dtype) in shapes.items():
             tensor = getattr(step, field)
             assert tensor.shape == shape and tensor.dtype == dtype and tensor.device == env.device, field
-        if isinstance(env.action_space, gym.spaces.Discrete) and name in ("speaker", "toy", "toy-state", "toy-masks"):
+        if masked:
             assert step.action_mask.shape == (N, A, env.action_space.n) and step.action_mask.dtype == torch.bool
             assert step.action_mask.any(-1).all()
         else:
@@ -201,7 +217,6 @@ def test_contract(name):
             assert not (step.active & step.terminations & stays).any()
         was_active, num_over = step.active, num_over + step.episode_over.sum()
     assert num_over > 0
-    env.close()
 
 
 def padded(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -310,15 +325,105 @@ def test_sub_envs_and_episodes_differ(num_env_procs):
     env.close()
 
 
-def test_the_example_of_the_docs(tmp_path, monkeypatch):
+def example_of_the_docs(section: str) -> str:
+    """The first python block of a section of docs/envs.md."""
     docs = (Path(__file__).parents[1] / "docs" / "envs.md").read_text(encoding="utf-8")
-    (tmp_path / "my_env.py").write_text(docs.split("```python\n")[1].split("```")[0])
+    return docs.split(f"## {section}\n")[1].split("```python\n")[1].split("```")[0]
+
+
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
+    (tmp_path / "my_env.py").write_text(example_of_the_docs("Your own env"))
     monkeypatch.syspath_prepend(tmp_path)
     env = make_vec_env("my_env:Meeting", 3, "cpu", 0, size=4)
     steps = [step for _, step in roll(env, 0, 200)]
     assert any(step.terminations.any() for step in steps) and any(step.truncations.any() for step in steps)
     met = torch.stack([step.rewards.min(1).values > 0 for step in steps])
     assert torch.equal(met, torch.stack([step.terminations.all(1) for step in steps]))
+
+
+def line_walk(num_envs: int, **kwargs) -> VecEnv:
+    """The batched env that docs/envs.md shows how to write."""
+    names = {}
+    exec(example_of_the_docs("Add a batched env"), names)
+    return names["LineWalk"](num_envs, "cpu", 0, **kwargs)
+
+
+def test_the_batched_example_of_the_docs_keeps_the_contract():
+    check_contract(line_walk(5), 60, masked=False)
+    env = line_walk(3, max_cycles=3)
+    first, again, other = roll(env, 1, 12), roll(env, 1, 12), roll(env, 2, 12)
+    for (_, a), (_, b) in zip(first, again, strict=True):
+        assert_equal_steps(a, b)
+    assert not torch.equal(first[0][1].state, other[0][1].state)
+    with pytest.raises(ValueError, match=r"\[3, 2\] int64"):
+        env.step(torch.zeros(3, 1, dtype=torch.int64))
+
+
+def test_the_batched_example_of_the_docs_plays_its_game():
+    """Walkers that go towards each other meet; those who stay run into the time limit."""
+    env = line_walk(4, size=8, max_cycles=6)
+    step = env.reset(3)
+    cells = step.obs[:, 0].clone()  # [N, 2] left's cell, right's
+    assert torch.equal(step.obs[:, 1], cells.flip(1)) and (cells[:, 0] < 4).all() and (cells[:, 1] >= 4).all()
+    walked = env.step(torch.tensor([[2, 0]] * 4))
+    gap = cells[:, 1] - cells[:, 0]
+    assert torch.equal(walked.terminations.all(1), gap <= 2)
+    assert torch.equal(walked.final_obs[:, 0], cells + torch.tensor([1, -1]))
+    assert torch.equal(walked.rewards, (gap <= 2).float()[:, None].repeat(1, 2))
+    env.reset(3)
+    stayed = [env.step(torch.ones(4, 2, dtype=torch.int64)) for _ in range(6)]
+    assert stayed[-1].truncations.all() and not stayed[-1].terminations.any()
+    assert stayed[-1].episode_lengths.tolist() == [6] * 4 and not stayed[-2].episode_over.any()
+    assert torch.equal(stayed[-1].final_obs[:, 0], cells)
+
+
+def test_the_batched_example_of_the_docs_is_trained_on_once_it_is_registered(monkeypatch):
+    """As the page says: the twin of a genuine env of that name is what "auto" takes."""
+    names = {}
+    exec(example_of_the_docs("Add a batched env"), names)
+    real = envs._batched_twin
+    monkeypatch.setattr(envs, "_batched_twin", lambda name: names["LineWalk"] if name == PLAIN else real(name))
+    env = make_vec_env(PLAIN, 2, "cpu", 0)
+    assert env.backend == "batched" and env.env_id == PLAIN and isinstance(env, names["LineWalk"])
+    assert isinstance(make_vec_env(PLAIN, 2, "cpu", 0, backend="pettingzoo"), PettingZooVecEnv)
+
+
+@pytest.mark.parametrize("env_id, backend", [("pursuit", "batched"), ("stag_hunt", "batched"), (TOY, "pettingzoo")])
+def test_reset_without_a_seed_goes_on(env_id, backend):
+    env = make_vec_env(env_id, 4, "cpu", 0)
+    assert env.backend == backend
+    first, second, third = env.reset(5).obs.clone(), env.reset().obs.clone(), env.reset(None).obs.clone()
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    assert torch.equal(env.reset(5).obs, first) and torch.equal(env.reset().obs, second)
+
+
+def test_a_checked_env_is_not_built_again(monkeypatch):
+    made = []
+    real = envs.make_parallel_env
+    monkeypatch.setattr(
+        "envs.pettingzoo_vec.make_parallel_env", lambda *args, **kw: made.append(args) or real(*args, **kw)
+    )
+    checked = check_env("pursuit", "pettingzoo", SMALL_PURSUIT)
+    assert len(made) == 1
+    env = make_vec_env(checked, 3, "cpu", 0, max_cycles=4)
+    assert len(made) == 1 + 3 and env.num_agents == 3
+    steps = [step for _, step in roll(env, 0, 4)]
+    assert steps[-1].episode_lengths.tolist() == [4] * 3  # arguments on top of those checked
+    twin = make_vec_env(check_env("pursuit", "auto", SMALL_PURSUIT), 2, "cpu", 0)
+    assert len(made) == 5 and twin.backend == "batched" and twin.env_id == "sisl/pursuit_v5"
+
+
+def test_what_observations_mean_is_declared_by_the_env():
+    meta = dict(env_id="stag_hunt-8x8-4h1s", env_kwargs={}, num_agents=4, obs_shape=[8, 8, 7], obs_dtype="uint8")
+    spec = describe_obs(meta)
+    assert len(spec.names) == len(spec.kinds) == 7 and spec.agent_planes == [0, 1, 2, 3] and spec.certain
+    assert describe_obs(meta | {"env_kwargs": {"view": 3}}).window
+    spec = describe_obs(meta | dict(env_id="sisl/pursuit_v5", num_agents=8, obs_shape=[7, 7, 3]))
+    assert spec.ego == "centre" and spec.kinds[spec.team] == "count" and spec.resimulates
+    spec = describe_obs(meta | dict(env_id="mpe2.simple_spread_v3", obs_shape=[18], obs_dtype="float32"))
+    assert spec.kinds == ("real",) * 18 and not spec.agent_planes and spec.ego == "none"
+    with pytest.raises(UsageError, match="flatten"):
+        describe_obs(meta | dict(env_id=TOY, obs_shape=[3, 4]))
 
 
 def test_seeds():
@@ -453,14 +558,16 @@ def test_names_before_the_registry(monkeypatch):
     monkeypatch.delattr(pettingzoo, "parallel_registry")  # as in PettingZoo < 1.27
     assert resolve_env_id("pursuit") == "pettingzoo.sisl.pursuit_v5"
     assert resolve_env_id("sisl/pursuit_v5") == "pettingzoo.sisl.pursuit_v5"
-    assert check_env("pursuit", "auto") == "batched"
+    assert check_env("pursuit", "auto").backend == "batched"
     with pytest.raises(ValueError, match="unknown env id"):
         resolve_env_id("sisl/pursuit_v4")
 
 
 def test_backends():
-    assert check_env("pursuit") == check_env("sisl/pursuit_v5") == check_env("stag_hunt-8x8-4h2s") == "batched"
-    assert check_env("pursuit", "pettingzoo") == check_env("mpe2.simple_spread_v3") == "pettingzoo"
+    for env_id in ("pursuit", "sisl/pursuit_v5", "stag_hunt-8x8-4h2s"):
+        assert check_env(env_id).backend == "batched"
+    assert check_env("pursuit", "pettingzoo").backend == check_env("mpe2.simple_spread_v3").backend == "pettingzoo"
+    assert check_env("pursuit").env_id == "sisl/pursuit_v5"
     env = make_vec_env("pursuit", 2, "cpu", 0, **SMALL_PURSUIT)
     assert env.backend == "batched" and env.env_id == "sisl/pursuit_v5" and env.num_agents == 3
     genuine = make_vec_env("pursuit", 2, "cpu", 0, backend="pettingzoo", **SMALL_PURSUIT)
@@ -497,15 +604,15 @@ BAD = [
 
 @pytest.mark.parametrize("args, env_kwargs, message", BAD)
 def test_bad_input_is_one_clear_line(args, env_kwargs, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UsageError) as error:
         check_env(*args, env_kwargs=env_kwargs)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_bad_counts():
-    with pytest.raises(ValueError, match="num_envs >= 1"):
+    with pytest.raises(UsageError, match="num_envs >= 1"):
         make_vec_env("pursuit", 0, "cpu", 0)
-    with pytest.raises(ValueError, match="num_env_procs >= 0"):
+    with pytest.raises(UsageError, match="num_env_procs >= 0"):
         make_vec_env("mpe2.simple_spread_v3", 1, "cpu", 0, num_env_procs=-1)
     assert 1 <= default_env_procs(2) <= 2 or sys.platform == "win32"
 
@@ -519,8 +626,9 @@ def test_bad_actions():
         (torch.tensor([[3, 0]]), "speaker_0 in 0 ... 2, got 3"),  # one of the padded actions
         (torch.tensor([[-1, 0]]), "got -1"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
             env.step(actions)
+        assert not isinstance(error.value, UsageError)  # whoever calls step is wrong, not who gave the arguments
     env = make_vec_env("butterfly/pistonball_v6", 1, "cpu", 0, n_pistons=4)
     with pytest.raises(ValueError, match="NaN"):
         env.step(torch.full((1, 4, 1), torch.nan))

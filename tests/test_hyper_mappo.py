@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,31 +16,34 @@ import pytest
 import torch
 
 import hyper_mappo
+import runs
+from envs import stag_hunt
 from hyper_mappo import (
     COLUMNS,
-    LOSSES,
+    FORMS,
     Actor,
     Args,
     Critic,
+    Policy,
     ValueNorm,
+    backward_in_threads,
     cli,
     compute_gae,
     count_multiplications,
     entropy,
     evaluate,
     kl_divergence,
-    load_checkpoint,
     load_critic,
-    load_policy,
     log_prob,
     mean_var,
     ppo_loss,
     sample_actions,
-    set_gradients,
     smoothness,
 )
 
 ROOT = Path(__file__).parent.parent
+LOSSES = [tag for tag in COLUMNS if tag.startswith("losses/") and "grad_norm" not in tag and "explained" not in tag]
+LOSSES += ["hyper/delta_norm", "hyper/step_change"]
 TINY = dict(num_envs=4, num_steps=8, num_minibatches=2, hidden_size=16, context_size=8, context_heads=2, hyper_basis=2)
 SMALL_PURSUIT = json.dumps({"x_size": 8, "y_size": 8, "n_pursuers": 3, "n_evaders": 4, "max_cycles": 13})
 
@@ -109,6 +113,10 @@ def run(tmp_path, name="run", **flags):
         unused = hyper_mappo.HYPER_ONLY + ([] if flags.get("actor_context") else hyper_mappo.CONTEXT_ONLY)
         flags = {name: x for name, x in flags.items() if name not in unused}
     return hyper_mappo.main(Args(**flags))
+
+
+def load_checkpoint(run_dir):
+    return runs.load_checkpoint(run_dir, hyper_mappo.CHECKPOINT_FORMAT)
 
 
 def metrics(run_dir):
@@ -188,7 +196,6 @@ def test_masked_actions_are_never_taken_and_give_finite_numbers():
     assert entropy(dist, True).isfinite().all() and kl_divergence(dist, dist.roll(1, 0), True).isfinite().all()
 
 
-FORMS = ["delta", "full", "last-layer", "low-rank"]
 FLAGS = {  # every form, and every choice of the context
     **{form: {"hyper": form} for form in FORMS},
     "delta, 8 x full": {"hyper": "delta", "hyper_basis": 8, "hyper_rank": 0},
@@ -208,19 +215,20 @@ def with_bias(layer):
 def materialised_weights(actor, code):
     """All actor layers of every sample, written out: a list of [..., out, in + 1], the bias in the last column."""
     hyper, layers = actor.hyper, []
-    K, r = hyper.basis, hyper.rank
-    alpha, *rest = hyper.coefficients(code)
-    if r > 1:
-        alpha, rest = alpha[..., ::r], [beta[..., ::r] for beta in rest]
+    K, r, form = hyper.basis, hyper.rank, type(hyper)
+    scales = hyper.scales if form is hyper_mappo.LastLayer else []
+    alpha, beta = (code, None) if form is not hyper_mappo.LowRank else code.chunk(2, dim=-1)
+    if form is hyper_mappo.LastLayer:
+        alpha = hyper.alpha(code)
     for i, layer in enumerate(actor.layers):
-        if hyper.form == "last-layer" and i < 2:
-            layers.append(rest[i][..., None] * with_bias(layer))
+        if i < len(scales):
+            layers.append(scales[i](code)[..., None] * with_bias(layer))
             continue
-        part = 0 if hyper.form == "last-layer" else i
+        part = i - len(scales)
         rows = with_bias(hyper.down[part])
-        if hyper.form == "low-rank":
+        if form is hyper_mappo.LowRank:
             up = torch.einsum("...k,okr->...or", alpha, hyper.up[part].unflatten(1, (K, r)))
-            down = torch.einsum("...k,kri->...ri", rest[0], rows.view(K, r, -1))
+            down = torch.einsum("...k,kri->...ri", beta, rows.view(K, r, -1))
             delta = up @ down
         else:
             basis = rows.view(K, -1, rows.shape[1])
@@ -302,7 +310,7 @@ def test_a_partner_is_part_of_the_shared_context_of_the_step_before():
     _, _, hidden = actor(mb["obs"], mb["action_mask"], mb["active"], mb["starts"], mb["hidden"][0])
     mb["hidden"] = hidden.detach().unsqueeze(0)  # the step before saw the same: theta does not change
     _, numbers = ppo_loss(actor, Critic(spec(), args), mb, args)
-    assert numbers[LOSSES.index("hyper/step_change")] < 1e-3 < numbers[LOSSES.index("hyper/delta_norm")]
+    assert numbers["hyper/step_change"] < 1e-3 < numbers["hyper/delta_norm"]
 
 
 # ------------------------------------------------------------------------------------------ hypernetwork
@@ -349,7 +357,7 @@ def test_full_form_starts_with_a_standard_actors_activation_variance(context):
                 x = (
                     layer(x)
                     if form == "none"
-                    else actor.hyper.apply_layer(i, None, x, actor.hyper.coefficients(code.flatten(0, 2)))
+                    else actor.hyper.apply_layer(i, None, x, actor.hyper.mix(code.flatten(0, 2)))
                 )
                 variances.append(x.var())
                 x = x.relu()
@@ -368,7 +376,7 @@ def test_gradients_reach_every_parameter(flags, kind):
     loss.backward()
     for name, p in [*actor.named_parameters(), *critic.named_parameters()]:
         assert p.grad is not None and p.grad.abs().sum() > 0, name
-    assert numbers.isfinite().all()
+    assert all(x.isfinite() for x in numbers.values()) and set(numbers) <= set(COLUMNS)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -516,11 +524,13 @@ def test_threads_together_compute_the_gradient_of_the_whole_minibatch(hyper):
     expected = torch.autograd.grad(loss, params)
     shuffled = torch.randperm(4)
     with ThreadPoolExecutor(3) as threads:
-        for parts, parallel_map in (((shuffled,), map), (shuffled.split([1, 2, 1]), threads.map)):
-            of_parts = set_gradients(ppo_loss, actor, critic, mb, parts, args, parallel_map)
+        for parts in ((shuffled,), shuffled.split([1, 2, 1])):
+            of_parts = backward_in_threads(ppo_loss, actor, critic, mb, parts, args, threads)
             for param, grad in zip(params, expected, strict=True):
                 torch.testing.assert_close(param.grad, grad, rtol=1e-4, atol=1e-7)
-            torch.testing.assert_close(of_parts[:6], numbers[:6], rtol=1e-4, atol=1e-6)
+            assert list(of_parts) == list(numbers)
+            for name in LOSSES[:6]:
+                torch.testing.assert_close(of_parts[name], numbers[name], rtol=1e-4, atol=1e-6)
 
 
 def test_value_norm_follows_active_returns():
@@ -629,7 +639,7 @@ def test_two_updates_on_genuine_envs(tmp_path, env_id, env_kwargs, hyper):
 def test_two_updates_on_batched_envs(tmp_path, env_id):
     run_dir = run(tmp_path, env_id=env_id)
     assert len(metrics(run_dir)) == 2
-    assert json.loads((run_dir / "args.json").read_text())["resolved_backend"] == "batched"
+    assert json.loads((run_dir / "args.json").read_text())["backend"] == "batched"
 
 
 @pytest.mark.parametrize(
@@ -650,7 +660,7 @@ def test_tiny_cooperative_envs_are_learnt(tmp_path, env, hyper, optimum):
 def test_a_trained_policy_scores_the_same_on_twin_and_genuine_env(tmp_path, env_id, kwargs):
     flags = dict(num_envs=64, num_steps=16, total_timesteps=40_960, hidden_size=32, context_size=16)
     run_dir = run(tmp_path, env_id=env_id, env_kwargs=json.dumps(kwargs), learning_rate=2e-3, **flags)
-    actor, returns = load_policy(run_dir).actor, {}
+    actor, returns = Policy(run_dir).actor, {}
     for backend, num_envs in (("batched", 100), ("pettingzoo", 2)):
         env = hyper_mappo.make_vec_env(env_id, num_envs, "cpu", 0, backend=backend, **kwargs)
         returns[backend] = evaluate(actor, env, 200, seed=5)["returns"].mean(dim=1)  # [200, A] -> [200]
@@ -670,7 +680,7 @@ def test_checkpoint_serves_other_programs(tmp_path):
     flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT)
     run_dir = run(tmp_path, **flags)
     env = hyper_mappo.make_vec_env("pursuit", 2, "cpu", 0, **json.loads(SMALL_PURSUIT))
-    policy, critic = load_policy(run_dir), load_critic(run_dir)
+    policy, critic = Policy(run_dir), load_critic(run_dir)
     step, hidden = env.reset(3), policy.initial_state(2)
     for _ in range(15):
         actions, hidden = policy.act(step, hidden)
@@ -788,10 +798,10 @@ def test_unwritable_run_folder(tmp_path, capsys):
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(hyper_mappo.time, "time", lambda: 1000.5)
-    args = Args(env_id="a/b:c", runs_dir=str(tmp_path))
-    folders = [hyper_mappo.new_run_dir(args).name for _ in range(3)]
-    assert folders == [f"a-b-c__hyper_mappo__1__{stamp}" for stamp in (1000, 1001, 1002)]
+    monkeypatch.setattr(runs.time, "time", lambda: 1000.5)
+    flags = dict(env_id="tests.tiny_envs:own_number", total_timesteps=32)
+    folders = [run(tmp_path, **flags).name for _ in range(2)]
+    assert folders == [f"tests.tiny_envs-own_number__hyper_mappo__1__{stamp}" for stamp in (1000, 1001)]
 
 
 def test_boolean_flags_mean_what_they_say(monkeypatch):
@@ -810,15 +820,17 @@ def test_track_without_login_logs_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(wandb, "login", lambda prompt: prompt)  # False: there is no login, and it did not ask
     monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs))
-    hyper_mappo.start_wandb(Args(), tmp_path)
+    run_dir = run(tmp_path, total_timesteps=32, track=True)
+    assert given["dir"] == run_dir and given["config"]["num_minibatches"] == 2
     assert given["mode"] == "offline" and given["sync_tensorboard"]
     assert "wandb sync" in capsys.readouterr().out
 
 
 def test_every_tag_is_explained_once():
-    text = (ROOT / "docs" / "metrics.md").read_text()
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    section = page.split("\n## hyper_mappo.py\n")[1].split("\n## ")[0]
     for tag in COLUMNS[2:]:
-        assert len(re.findall(rf"^\| `{re.escape(tag)}` ", text, flags=re.M)) == 1, tag
+        assert len(re.findall(rf"^\| `{re.escape(tag)}` ", section, flags=re.M)) == 1, tag
 
 
 # ------------------------------------------------------------------------------------------ several processes
@@ -872,20 +884,20 @@ def test_partners_play_their_seats_and_enter_no_loss(tmp_path, monkeypatch):
     seats = ("nearest_hare:1", "stay:1", f"{partner}:1")
     run_dir = run(tmp_path, "learner", **STAG_HUNT, partners=seats, eval_episodes=4)
     for partners, _, joint in made:
-        assert partners.first_seat == 1 and (joint[:, 2] == hyper_mappo.stag_hunt.STAY).all()
-        for name, x in partners.policies[2].actor.state_dict().items():
+        assert partners.first_seat == 1 and (joint[:, 2] == stag_hunt.STAY).all()
+        for name, x in partners.players[2].actor.state_dict().items():
             assert torch.equal(x, weights[name]), name
-        assert not any(p.requires_grad for p in partners.policies[2].actor.parameters())
+        assert not any(p.requires_grad for p in partners.players[2].actor.parameters())
     taken = []
     for _, step, joint in made:
-        probs = hyper_mappo.stag_hunt.action_probs("nearest_hare", step.obs, step.action_mask)[:, 1]  # [N, n]
+        probs = stag_hunt.action_probs("nearest_hare", step.obs, step.action_mask)[:, 1]  # [N, n]
         taken.append(probs.gather(1, joint[:, 1:2]))
     assert (torch.cat([x.flatten() for x in taken]) > 0).float().mean() > 0.95  # all but those who left
     assert batches and not any(mb["learns"][..., 1:].any() for mb in batches)
     # Whatever stands in the partners' samples, the loss is the same.
     mb, args = dict(batches[0]), Args(**{**TINY, "env_id": "stag_hunt-4x4-4h1s"})
     torch.manual_seed(0)
-    policy = load_policy(run_dir)
+    policy = Policy(run_dir)
     critic = Critic(policy.spec, policy.args)
     loss, _ = ppo_loss(policy.actor, critic, mb, args)
     for name in ("advantages", "returns", "values", "logprobs"):
@@ -987,7 +999,7 @@ def test_subgoals_join_the_context_and_their_history_follows_episodes(tmp_path, 
     for z, obs in seen:
         torch.testing.assert_close(z[..., :2], obs[..., :2])
         assert (z[..., 2].mean(dim=(1, 2)) == torch.arange(8)).all()
-    policy = load_policy(run_dir)
+    policy = Policy(run_dir)
     assert policy.actor.context.encoder.in_features == 3 + 3
     obs, active, starts = torch.randn(1, 2, 2, 3), torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 2).bool()
     hidden, z = torch.zeros(2, 2, policy.actor.hidden_size), torch.zeros(1, 2, 2, 3)
@@ -1006,7 +1018,7 @@ def test_subgoals_of_a_real_pretraining_run(tmp_path, capsys):
     vae_dir = str(pretrain_vae.main(pretrain_vae.Args(**pretraining)))
     run_dir = run(tmp_path, **STAG_HUNT, subgoals=vae_dir, partners=("nearest_stag:1",), eval_episodes=2)
     assert len(metrics(run_dir)) == 3
-    policy = load_policy(run_dir)
+    policy = Policy(run_dir)
     assert policy.actor.num_subgoals == 4 and policy.actor.memory_size > policy.actor.hidden_size
     assert not any(name.startswith("subgoals") for name in policy.actor.state_dict())  # frozen, and kept in one place
     capsys.readouterr()
@@ -1017,7 +1029,7 @@ def test_subgoals_of_a_real_pretraining_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("hyper", ["none", "delta"])
 def test_compiled_numbers_are_those_of_eager(tmp_path, monkeypatch, hyper):
-    if not hyper_mappo.compile_works(torch.device("cpu")):
+    if not runs.compile_works(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
     monkeypatch.setattr(hyper_mappo, "GRADIENT_COSINE_EVERY", 1)  # whose repeated backward passes stay eager
     flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=4, total_timesteps=32, hyper=hyper)
@@ -1028,12 +1040,12 @@ def test_compiled_numbers_are_those_of_eager(tmp_path, monkeypatch, hyper):
                 assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5), name
 
 
-def test_compile_that_fails_is_said_and_left_out(monkeypatch, capsys):
+def test_compile_that_fails_is_said_and_left_out(tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert not hyper_mappo.compile_works(torch.device("cpu"))
+    assert len(metrics(run(tmp_path, compile=True))) == 2
     assert "going on without" in capsys.readouterr().out
 
 
@@ -1082,3 +1094,127 @@ def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
         assert cli([*flags, "--runs-dir", str(tmp_path / "none")]) == 2, flags
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+
+
+# ------------------------------------------------------------------------------------------ runs repeated, forms added
+
+
+def test_choices_of_the_flags_are_the_table_of_forms():
+    hints = typing.get_type_hints(Args)
+    literal, _ = typing.get_args(hints["match_params"])  # ... | None
+    assert typing.get_args(literal) == tuple(FORMS)
+    assert typing.get_args(hints["hyper"]) == ("none", *FORMS)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"hyper": "low-rank"}, {"hyper": "last-layer", "partners": ("stay:1",)}, {"hyper": "none"}],
+    ids=str,
+)
+def test_args_json_alone_repeats_the_run(tmp_path, monkeypatch, flags):
+    small = dict(env_id=STAG_HUNT["env_id"], num_steps=4, total_timesteps=2 * 512, eval_episodes=0)
+    first = hyper_mappo.main(Args(**small, **flags, runs_dir=str(tmp_path / "first"), update_epochs=1))
+    saved = json.loads((first / "args.json").read_text())
+    assert saved["backend"] == "batched" and (saved["num_envs"], saved["num_minibatches"]) == (128, 8)
+    if flags != {"hyper": "none"}:
+        rates = {"last-layer": 1e-4}
+        assert saved["hyper_learning_rate"] == rates.get(saved["hyper"], 5e-4)
+        assert saved["hyper_basis"] == FORMS[saved["hyper"]].default_basis
+        assert saved["hyper_rank"] == FORMS[saved["hyper"]].default_rank
+    assert saved["update_threads"] >= 1 and saved["num_env_procs"] is not None
+    monkeypatch.setattr(hyper_mappo, "num_cpus", lambda: 1)  # another machine
+    again = hyper_mappo.main(Args(**{**saved, "runs_dir": str(tmp_path / "again")}))
+    assert len(metrics(first)) == 2 and metrics(again) == metrics(first)
+
+
+def test_args_json_of_a_resumed_run_repeats_it_from_its_start(tmp_path):
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT)
+    part = run(tmp_path, total_timesteps=2 * 32, **flags)
+    assert cli(["--resume", str(part), "--total-timesteps", str(4 * 32)]) == 0
+    saved = json.loads((part / "args.json").read_text())
+    again = hyper_mappo.main(Args(**{**saved, "runs_dir": str(tmp_path / "again")}))
+    assert len(metrics(again)) == 4 and metrics(again) == metrics(part)
+
+
+def test_a_checkpoint_with_unresolved_args_loads_resumes_and_is_started_from(tmp_path, capsys):
+    flags = dict(env_id=STAG_HUNT["env_id"], num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=2 * 64)
+    run_dir = hyper_mappo.main(Args(**flags, runs_dir=str(tmp_path), eval_episodes=0))
+    checkpoint = load_checkpoint(run_dir)
+    resolved = "backend hyper_basis hyper_rank hyper_learning_rate num_env_procs update_threads".split()
+    checkpoint["args"] |= dict.fromkeys(resolved) | {"backend": "auto"}
+    del checkpoint["args"]["agent_id"]  # a flag that came later
+    checkpoint["args"]["long_gone"] = None  # and one that went, unused
+    runs.save_checkpoint(checkpoint, run_dir / "latest.pt")
+    assert Policy(run_dir).actor.hyper.basis == 16
+    load_critic(run_dir)
+    started = ["--init-from", str(run_dir), "--env-id", STAG_HUNT["env_id"], "--num-envs", "8", "--num-steps", "8"]
+    started += ["--num-minibatches", "2", "--runs-dir", str(tmp_path / "started"), "--eval-episodes", "0"]
+    assert cli([*started, "--total-timesteps", "64"]) == 0
+    assert cli(["--evaluate", str(run_dir), "--eval-episodes", "1"]) == 0
+    assert cli(["--resume", str(run_dir), "--total-timesteps", str(3 * 64)]) == 0
+    assert len(metrics(run_dir)) == 3
+    checkpoint["args"]["long_gone"] = 3
+    runs.save_checkpoint(checkpoint, run_dir / "latest.pt")
+    capsys.readouterr()
+    assert cli(["--resume", str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert "--long-gone" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("broken", ["act", "check_args", "ppo_loss"])
+def test_an_error_of_the_program_is_a_traceback_not_a_users_mistake(tmp_path, monkeypatch, broken):
+    def breaks(*args, **kwargs):
+        raise ValueError("of the program")
+
+    monkeypatch.setattr(hyper_mappo, broken, breaks)
+    flags = ["--env-id", STAG_HUNT["env_id"], "--num-envs", "8", "--num-steps", "8", "--total-timesteps", "64"]
+    with pytest.raises(ValueError, match="of the program"):
+        cli([*flags, "--runs-dir", str(tmp_path)])
+
+
+def test_the_form_that_the_docs_add_trains(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "hyper_mappo.md").read_text(encoding="utf-8")
+    section = page.split("\n## Add a form\n")[1].split("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, flags=re.S)[1]
+    monkeypatch.setattr(hyper_mappo, "FORMS", dict(FORMS))  # what the page adds goes with this test
+    exec(compile(code, "docs/hyper_mappo.md", "exec"), {})
+    (name,) = set(hyper_mappo.FORMS) - set(FORMS)
+    torch.manual_seed(0)
+    actor = Actor(spec(), Args(**TINY, hyper=name))
+    obs, _, active, starts = random_inputs()
+    inputs = (obs, None, active, starts, torch.zeros(4, 3, actor.hidden_size))
+    base = obs
+    for i, layer in enumerate(actor.layers):
+        base = layer(base).relu() if i < 2 else layer(base)
+    torch.testing.assert_close(actor(*inputs)[0], base.log_softmax(-1))
+    for p in actor.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    # The norms are those of the weights that its layers apply, found by feeding it unit vectors.
+    _, code, _ = actor(*inputs)
+    code, previous = code[1:].flatten(0, 2), code[:-1].flatten(0, 2)
+    norms, changes = actor.hyper.squared_norms(actor.layers, code, previous)
+    thetas, bases = [], []
+    for c in (code, previous):
+        theta = []
+        for i, layer in enumerate(actor.layers):
+            units = torch.eye(layer.in_features + 1)[:, :-1]  # the last one is zero: the bias alone
+            outputs = []
+            for unit in units:
+                x = unit.expand(len(c), -1)
+                outputs.append(actor.hyper.apply_layer(i, layer, x, actor.hyper.mix(c)))
+            bias = outputs.pop()
+            theta += [bias, *(out - bias for out in outputs)]
+        thetas.append(torch.cat(theta, dim=-1))
+    for layer in actor.layers:
+        bases += [layer.bias, *layer.weight.T]
+    expected = (thetas[0] - torch.cat(bases)).square().sum(-1)
+    torch.testing.assert_close(norms, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(changes, (thetas[0] - thetas[1]).square().sum(-1), rtol=1e-3, atol=1e-4)
+    run_dir = run(tmp_path, total_timesteps=32, hyper=name)
+    (row,) = metrics(run_dir)
+    assert float(row["hyper/delta_norm"]) >= 0 and all(math.isfinite(float(x)) for x in row.values() if x)
+    fresh = Policy(run_dir)
+    torch.manual_seed(1)
+    untrained = Actor(fresh.spec, fresh.args).state_dict()
+    moved = [key for key, x in fresh.actor.state_dict().items() if not torch.equal(x, untrained[key])]
+    assert any(key.startswith("hyper.") for key in moved)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_the_game_itself_scores_everything_and_breaks_no_law(data):
     dataset = load_dataset(data / "stag_hunt")
     episodes = np.arange(len(dataset.episode_lengths))
     result = judge.judge(EnvBehindStep(dataset.meta, CPU), dataset, episodes, judge.Args(drift_episodes=30), CPU)
-    result = result["result"]
+    result = result.result
     ones = [k for k in result if k.startswith(("exact_match", "reward_accuracy", "exit_", "seat")) and "mse" not in k]
     ones += ["physics_ok", "whole_episode", "whole_episode_with_rewards_and_exits"]
     assert all(result[name] == 1.0 for name in ones) and len(ones) > 20
@@ -231,6 +232,28 @@ def test_oracle_floor_is_what_is_random_and_nothing_else(data):
     assert result["floor/interior/walls/view rules"] == pytest.approx(0, abs=1e-12)
     rules, oracle = (result[f"floor/interior/evaders/{name}"] for name in ("view rules", "oracle"))
     assert oracle * 0.97 < rules < oracle * 1.05
+
+
+def test_what_is_resimulated_is_what_the_env_declares(data, monkeypatch):
+    dataset, args = load_dataset(data / "pursuit"), judge.Args(resimulate=2, max_samples=50, drift_episodes=2)
+    result = judge.judge(judge.CopyLast(), dataset, np.arange(4), args, CPU).result
+    assert "floor/all/mean/oracle" in result and "floor/interior/mean/view rules" in result
+    channels = ("channel 0", "channel 1", "channel 2")
+    monkeypatch.setattr(judge, "describe_obs", lambda meta: replace(wm.describe_obs(meta), names=channels))
+    result = judge.judge(judge.CopyLast(), dataset, np.arange(4), args, CPU).result
+    assert "floor/all/channel 0/oracle" in result and not any(name.endswith("view rules") for name in result)
+    monkeypatch.setattr(judge, "describe_obs", lambda meta: replace(wm.describe_obs(meta), resimulates=False))
+    result = judge.judge(judge.CopyLast(), dataset, np.arange(4), args, CPU).result
+    assert not any(name.startswith("floor/") for name in result)
+
+
+def test_an_error_of_the_program_is_a_traceback(data, trained, monkeypatch):
+    def wrong(*args):
+        raise ValueError("shapes do not fit")
+
+    monkeypatch.setattr(judge, "score", wrong)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        judge.cli(["--checkpoint", str(trained), "--data", str(data / "stag_hunt")])
 
 
 def test_view_rules_on_a_hand_made_view():

@@ -1,7 +1,9 @@
-"""Networks, losses, ceilings and the training loop of pretrain_vae.py."""
+"""Samples, networks, losses and the training loop of pretrain_vae.py."""
 
 import csv
+import json
 import math
+import signal
 import subprocess
 import sys
 
@@ -11,9 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import collect_data
+import opponent_samples
+import opponent_scores
 import pretrain_vae as pv
+import runs
 from dataset import load_dataset
-from envs.stag_hunt import StagHuntVecEnv, action_probs, preset_options
+from envs.stag_hunt import MOVES, StagHuntVecEnv, action_probs, preset_options
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "history_size": 16, "latent_size": 4, "epochs": 1, "batch_size": 256, "cuda": False}
@@ -54,7 +59,7 @@ def few_pictures(request, monkeypatch):
     """Pictures take longer than the small trainings here: only one test draws them."""
     if "test_every_kind_trains" not in request.node.name:
         for name in ("plot_curves", "plot_confusion", "plot_latents", "plot_probe", "plot_reconstructions"):
-            monkeypatch.setattr(pv, name, lambda *args: None)
+            monkeypatch.setattr(opponent_scores, name, lambda *args: None)
 
 
 def read_csv(path):
@@ -108,7 +113,7 @@ def test_too_many_cells_is_an_error(samples):
 @pytest.mark.parametrize("name", ["nearest_stag", "nearest_hare"])
 def test_scripts_play_alike_under_the_symmetries(samples, dataset, name):
     """The genuine scripts say whether cells and actions are turned alike."""
-    cells, moves = pv.make_symmetries(samples.spec)
+    cells, moves = pv.make_symmetries(samples.spec, MOVES, CPU)
     obs = torch.from_numpy(dataset.observations[samples.rows, samples.seats])[::5]  # [B, 4, 4, 7]
     masks = samples.masks[::5]
     probs = action_probs(name, obs, masks)
@@ -179,13 +184,14 @@ def test_gaussian_kl_is_the_kl():
     mu, logvar, mu_p, logvar_p = torch.randn(4, 3, 5)
     q, p = (torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in ((mu, logvar), (mu_p, logvar_p)))
     expected = torch.distributions.kl_divergence(q, p).mean(0)  # [Z]
-    assert pv.gaussian_kl((mu, logvar), 0.0, (mu_p, logvar_p)) == pytest.approx(expected.sum().item(), rel=1e-5)
+    prior = pv.Gaussian(mu_p, logvar_p)
+    assert pv.gaussian_kl(pv.Gaussian(mu, logvar), 0.0, prior) == pytest.approx(expected.sum().item(), rel=1e-5)
     floor = expected.median().item()
     clamped = expected.clamp(min=floor).sum().item()
-    assert pv.gaussian_kl((mu, logvar), floor, (mu_p, logvar_p)) == pytest.approx(clamped, rel=1e-5)
+    assert pv.gaussian_kl(pv.Gaussian(mu, logvar), floor, prior) == pytest.approx(clamped, rel=1e-5)
     standard = torch.distributions.Normal(torch.zeros(3, 5), torch.ones(3, 5))
     expected = torch.distributions.kl_divergence(q, standard).mean(0).sum().item()
-    assert pv.gaussian_kl((mu, logvar), 0.0) == pytest.approx(expected, rel=1e-5)
+    assert pv.gaussian_kl(pv.Gaussian(mu, logvar), 0.0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_recon_loss_of_cells_is_that_of_planes(dataset, samples):
@@ -201,8 +207,7 @@ def test_recon_loss_of_cells_is_that_of_planes(dataset, samples):
 def losses_of(samples, net, teacher=None, **kwargs):
     args = pv.Args(**{**SMALL, **kwargs})
     batch = next(iter(samples.batches(np.arange(60), 10_000, None)))
-    extras = {"symmetries": None, "class_weights": None, "goal_steps": None, "recon_kind": "bce", "kl_coef": 1e-3}
-    return pv.compute_losses(net, teacher, samples, batch, args, extras)[0]
+    return pv.compute_losses(net, teacher, samples, batch, args, pv.Extras("bce", kl_coef=1e-3))[0]
 
 
 def test_gradients_reach_what_they_should(samples):
@@ -242,7 +247,7 @@ def test_z_starts_with_little_noise(samples, model):
     """With the noise of a standard normal at the start the decoder took three epochs to notice z at all."""
     net, index = new_model(samples.spec, model), torch.arange(20)
     history = torch.zeros(20, net.history_size) if net.history_size else None
-    _, logvar = net.posterior(net.look(samples.input_of(index))[0], history)
+    logvar = net.posterior(net.look(samples.input_of(index))[0], history)["logvar"]
     assert logvar.shape == (20, 6) and (logvar + 5).abs().max() < 1
 
 
@@ -266,7 +271,7 @@ def test_belief_and_mixture_loss_by_a_slow_second_implementation(samples):
         torch.testing.assert_close(every.exp(), 0.99 * probs + 0.01 / 7)  # a little of every action
         torch.testing.assert_close(every.exp().sum(1), torch.ones(len(features), pv.IMAGINED))
         args, teacher = pv.Args(model="cvae"), new_model(samples.spec, "vae", policy_input="z", latent_size=3)
-        extras = {"symmetries": None, "class_weights": None, "goal_steps": None, "recon_kind": "bce", "kl_coef": 0.0}
+        extras = pv.Extras("bce")
         losses, _ = pv.compute_losses(model, teacher, samples, batch, args, extras)
         assert losses["mixture_loss"].item() == pytest.approx(total / len(features), rel=1e-4)
         parts = sum(losses[name] for name in ("moa_loss", "mixture_loss", "teacher_loss"))
@@ -291,104 +296,6 @@ def test_illegal_actions_are_never_predicted(samples):
     probs = logits.softmax(1)
     assert (probs[~samples.masks[: len(logits)]] == 0).all()
     assert samples.masks[: len(logits)].gather(1, logits.argmax(1)[:, None]).all()
-
-
-# --- ceilings and scores
-
-
-def test_posterior_and_ceilings_by_a_slow_second_implementation(dataset, samples):
-    everything = np.arange(len(samples.first))
-    index = samples.index(everything)
-    ceilings = pv.compute_ceilings(dataset, samples, index, index, history=True)
-    names = dataset.meta["policies"]
-    first = samples.policies[samples.past == 0]
-    prior = [(first == k).float().mean().item() for k in range(3)]
-    for start, length in zip(samples.first[:40], samples.length[:40], strict=True):
-        belief = np.array(prior)
-        for i in range(start, start + length):
-            row, seat = samples.rows[i], samples.seats[i]
-            obs, mask = (
-                torch.from_numpy(dataset.observations[row, seat]),
-                torch.from_numpy(dataset.action_masks[row, seat]),
-            )
-            probs = np.stack([action_probs(name, obs, mask).numpy() for name in names])  # [K, n]
-            belief = belief / belief.sum()
-            np.testing.assert_allclose(ceilings.posterior[i], belief, atol=1e-4)
-            np.testing.assert_allclose(ceilings.seen[i], belief @ probs, atol=1e-4)
-            np.testing.assert_allclose(ceilings.known[i], probs[dataset.policy_ids[row, seat]], atol=1e-6)
-            belief = belief * probs[:, dataset.actions[row, seat]]
-
-
-def test_no_guess_beats_knowing_the_policy(dataset, samples):
-    index = samples.index(np.arange(len(samples.first)))
-    known, seen, _ = pv.compute_ceilings(dataset, samples, index, index, history=False)
-    _, by_history, _ = pv.compute_ceilings(dataset, samples, index, index, history=True)
-    tops = [pv.top_hits(guess, known, 1).mean().item() for guess in (seen, by_history, known)]
-    assert tops[0] < tops[1] < tops[2] < 1
-    empirical = pv.top_hits(known, samples.actions, 1).mean().item()
-    assert empirical == pytest.approx(tops[2], abs=4 * 0.5 / math.sqrt(len(samples)))
-
-
-def test_policies_that_are_no_scripts_have_no_ceiling(dataset, samples):
-    index = samples.index(np.arange(20))
-    meta = {**dataset.meta, "policies": ["nearest_stag", "runs/learner", "random"]}
-    other = load_dataset(dataset.path)
-    other.meta = meta
-    ceilings = pv.compute_ceilings(other, samples, index, index, history=True)
-    mine = samples.policies[index]
-    assert ceilings.known[mine == 1].isnan().all() and not ceilings.known[mine != 1].isnan().any()
-    assert ceilings.seen.isnan().all()
-
-
-def test_scores_by_hand(samples):
-    logits = torch.tensor([[5.0, 4, 3, 2], [0, 9, 8, 7], [9, 0, 1, 8], [1, 2, 3, 4]])
-    fake = type("Fake", (), {})()
-    fake.actions, fake.policies = torch.tensor([0, 3, 3, 3]), torch.tensor([0, 0, 1, 1])
-    fake.past = torch.tensor([0, 1, 0, 1])
-    nan = torch.full((4, 4), torch.nan)
-    seen = torch.eye(4)[[0, 3, 1, 3]]
-    rows, confusion = pv.score("test", logits, fake, np.arange(4), pv.Ceilings(nan, seen, nan), ["a", "b"])
-    table = {(row["kind"], row["name"]): row for row in rows}
-    assert table["all", "all"]["top1"] == 0.5 and table["all", "all"]["top3"] == 1.0
-    assert table["policy", "a"]["top1"] == 0.5 and table["history", "0"]["top1"] == 0.5
-    three = table["action", "3"]
-    assert (three["precision"], three["recall"], three["f1"]) == (1.0, pytest.approx(1 / 3), pytest.approx(0.5))
-    assert table["action", "0"]["precision"] == 0.5
-    assert table["action", "0"]["ceiling_recall"] == 1.0 and three["ceiling_recall"] == pytest.approx(2 / 3)
-    assert confusion.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]]
-    assert table["all", "all"]["cross_entropy"] == pytest.approx(
-        -torch.stack([logits[i].log_softmax(0)[a] for i, a in enumerate((0, 3, 3, 3))]).mean().item()
-    )
-
-
-def test_probe_by_hand():
-    rng = np.random.default_rng(0)
-    past, policies = np.repeat([0, 1, 2, 3], 50), np.tile([0, 1], 100)
-    z = rng.normal(size=(200, 3))
-    z[past == 1, 0] += 10 * policies[past == 1]  # only here z tells the policy
-    policies[past == 2] = 1  # only this one lasts so long
-    some = past < 3
-    guess = pv.linear_probe(z, past, (z[some], policies[some], past[some]))
-    assert (guess[past == 1] == policies[past == 1]).all() and (guess[past == 2] == 1).all()
-    assert (guess[past == 3] == -1).all()  # nothing to fit it on
-
-
-def test_scores_of_the_probe_by_hand():
-    fake = type("Fake", (), {})()
-    fake.actions = torch.zeros(4, dtype=torch.long)
-    fake.policies, fake.past = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1])
-    nan, probed = torch.full((4, 2), torch.nan), torch.tensor([0, 0, 1, -1])
-
-    def numbers(posterior, key):
-        rows, _ = pv.score("x", torch.zeros(4, 2), fake, np.arange(4), pv.Ceilings(nan, nan, posterior), "ab", probed)
-        return [row[key] for row in rows if row["kind"] in ("all", "history")]
-
-    posterior = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.45, 0.55], [0.8, 0.2]])
-    assert numbers(posterior, "probe") == [0.625, 0.5, 0.75]  # -1: nothing to fit it on, a coin
-    assert numbers(posterior, "bayes") == [0.75, 1.0, 0.5]
-    assert numbers(posterior, "expected_probe") == pytest.approx([0.5875, 0.65, 0.525])
-    assert numbers(posterior, "expected_bayes") == pytest.approx([0.7125, 0.75, 0.675])
-    assert numbers(nan, "probe")[0] == 0.625 and np.isnan(numbers(nan, "bayes")).all()
 
 
 # --- training
@@ -447,24 +354,145 @@ def test_dead_codes_are_revived(data_dir, tmp_path, monkeypatch):
     assert used[0] == 1 and used[1] > 1
 
 
-def test_a_resumed_run_ends_the_same(data_dir, tmp_path):
-    whole = train(data_dir, tmp_path / "a", model="cvae", epochs=3)
-    part = train(data_dir, tmp_path / "b", model="cvae", epochs=3, kl_warmup=1.0)
-    # The second run stopped after one epoch: put its first checkpoint back.
-    first = tmp_path / "c"
-    real = pv.save_checkpoint
-    try:
-        pv.save_checkpoint = lambda saved, path: saved["epoch"] == 1 and real(saved, path)
-        stopped = train(data_dir, first, model="cvae", epochs=3)
-    finally:
-        pv.save_checkpoint = real
-    assert pv.load_checkpoint(stopped)["epoch"] == 1
+def assert_same_run(a, b):
+    """Weights, optimizer and every logged number but the speed."""
+    first, second = pv.load_checkpoint(a), pv.load_checkpoint(b)
+    for name in ("model", "teacher"):
+        assert (first[name] is None) == (second[name] is None)
+        for key, value in (first[name] or {}).items():
+            assert torch.equal(value, second[name][key]), (name, key)
+    assert first["best"] == second["best"]
+    for key, state in first["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["optimizer"]["state"][key][name])
+    rows = [read_csv(run_dir / "metrics.csv") for run_dir in (a, b)]
+    for row in rows[0] + rows[1]:
+        del row["charts/samples_per_second"]
+    assert rows[0] == rows[1]
+
+
+def stop_at(monkeypatch, call, number):
+    """Raises a signal in the given minibatch, counted from 1."""
+    real, calls = pv.compute_losses, []
+
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return real(*args)
+
+    monkeypatch.setattr(pv, "compute_losses", counted)
+
+
+@pytest.mark.parametrize(
+    "number, kwargs",
+    [
+        (signal.SIGINT, {"model": "vae"}),
+        (signal.SIGTERM, {"model": "cvae", "loss": "both"}),
+        (signal.SIGTERM, {"model": "vqvae", "codebook_size": 8}),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(data_dir, tmp_path, monkeypatch, capsys, number, kwargs):
+    kwargs = {"epochs": 3, **kwargs}
+    whole = train(data_dir, tmp_path / "a", **kwargs)
+    batches = math.ceil(int(capsys.readouterr().out.split(" training samples")[0].rpartition(" ")[2]) / 256)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, number)
+        stopped = train(data_dir, tmp_path / "b", **kwargs)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert f"go on with: python pretrain_vae.py --resume {stopped}" in capsys.readouterr().out
+    saved = pv.load_checkpoint(stopped)
+    assert saved["epoch"] == 0 and saved["progress"]["batches"] == 4
+    assert pv.load_vae(stopped).model == kwargs["model"]  # usable before its first epoch has ended
+    with monkeypatch.context() as patch:  # once more, in the first evaluation: the epoch is finished
+        stop_at(patch, batches - 4 + 1, number)
+        assert pv.cli(["--resume", str(stopped)]) == 0
+    saved = pv.load_checkpoint(stopped)
+    assert saved["epoch"] == 1 and saved["progress"] is None
+    with monkeypatch.context() as patch:  # and in the last minibatch of an epoch
+        stop_at(patch, batches, number)
+        assert pv.cli(["--resume", str(stopped)]) == 0
+    saved = pv.load_checkpoint(stopped)
+    assert saved["epoch"] == 1 and saved["progress"]["batches"] == batches
     assert pv.cli(["--resume", str(stopped)]) == 0
-    assert pv.load_checkpoint(stopped)["epoch"] == 3
-    for name, value in pv.load_checkpoint(whole)["model"].items():
-        assert torch.equal(value, pv.load_checkpoint(part)["model"][name])
-        assert torch.equal(value, pv.load_checkpoint(stopped)["model"][name]), name
-    assert len(read_csv(stopped / "metrics.csv")) == 3
+    assert_same_run(whole, stopped)
+    assert (stopped / "probe.csv").read_text() == (whole / "probe.csv").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there terminate() asks nobody")
+def test_sigterm_from_outside_saves_and_says_how_to_go_on(data_dir, tmp_path):
+    command = [sys.executable, "-u", "pretrain_vae.py", "--data", str(data_dir), "--epochs", "10000", "--no-cuda"]
+    command += ["--batch-size", "64", "--runs-dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("[MOA]"):
+                break
+        process.terminate()
+        rest = process.stdout.read()
+    assert process.returncode == 0 and "go on with: python pretrain_vae.py --resume" in rest
+    assert pv.load_checkpoint(next(tmp_path.iterdir()))["epoch"] >= 0
+
+
+def test_best_is_written_before_latest(data_dir, tmp_path, monkeypatch):
+    real, written = runs.save_checkpoint, []
+
+    def recorded(checkpoint, path):
+        written.append(path.name)
+        real(checkpoint, path)
+
+    monkeypatch.setattr(runs, "save_checkpoint", recorded)
+    train(data_dir, tmp_path)
+    assert written == ["best.pt", "latest.pt"]
+
+
+def test_args_json_alone_repeats_a_run(data_dir, tmp_path):
+    first = train(data_dir, tmp_path, model="cvae", num_threads=None, loss="both")
+    args = json.loads((first / "args.json").read_text())
+    assert args["augment"] is True and args["recon_loss"] == "bce" and args["num_threads"] >= 1
+    assert json.loads(json.dumps(pv.load_checkpoint(first)["args"])) == args
+    second = pv.main(pv.Args(**args))
+    assert second != first
+    assert_same_run(first, second)
+
+
+def test_two_starts_in_one_second_get_two_folders(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.time, "time", lambda: 1_700_000_000.0)
+    assert train(data_dir, tmp_path) != train(data_dir, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_error_of_the_program_keeps_its_traceback(data_dir, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(pv, "compute_losses", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        pv.cli(["--data", str(data_dir), "--runs-dir", str(tmp_path), "--no-cuda"])
+
+
+def test_checkpoints_of_earlier_versions_load_or_are_refused(data_dir, tmp_path, capsys):
+    """Those without progress in an epoch, with a list of metrics and the flag --critic."""
+    run_dir = train(data_dir, tmp_path / "old", model="cvae")
+    whole = train(data_dir, tmp_path / "new", model="cvae", epochs=2)
+    saved = pv.load_checkpoint(run_dir)
+    del saved["progress"]
+    saved["metrics"] = [{"epoch": 1}]
+    saved["args"] |= {"critic": None, "augment": None, "recon_loss": "auto", "resume": None}
+    for name in ("best.pt", "latest.pt"):
+        torch.save(saved, run_dir / name)
+    for a, b in zip(pv.load_vae(run_dir).parameters(), saved["model"].values(), strict=True):
+        assert torch.equal(a, b)
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "2"]) == 0
+    assert pv.load_checkpoint(run_dir)["epoch"] == 2
+    rows, expected = read_csv(run_dir / "metrics.csv"), read_csv(whole / "metrics.csv")
+    assert rows[0].keys() == expected[0].keys() and [row["epoch"] for row in rows] == ["1", "2"]
+    saved["args"]["critic"] = "runs/critic"
+    torch.save(saved, run_dir / "latest.pt")
+    capsys.readouterr()
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "was made with --critic" in error and error.count("\n") == 1
 
 
 def test_resume_refuses_a_contradiction(data_dir, tmp_path, capsys):
@@ -504,18 +532,35 @@ def test_a_teacher_and_its_errors(data_dir, tmp_path):
         train(data_dir, tmp_path, model="cvae", teacher=str(teacher), input="state")
 
 
-def test_subgoals_of_highest_value(dataset, samples, monkeypatch):
-    import hyper_mappo
-
-    values = torch.arange(dataset.num_steps * 4, dtype=torch.float32).view(-1, 4)
+def with_values(dataset):
+    values = np.arange(dataset.num_steps * 4, dtype=np.float32).reshape(-1, 4)
     values[::2] = -values[::2]  # odd rows are worth more
-    monkeypatch.setattr(hyper_mappo, "load_critic", lambda run_dir, device: lambda state: values[: len(state)])
-    monkeypatch.setattr(torch.Tensor, "split", lambda self, size: (self,), raising=True)
-    steps = pv.best_goal_steps(dataset, samples, pv.Args(horizon=3, critic="x"))
+    other = load_dataset(dataset.path)
+    other.values = values
+    return other
+
+
+def test_subgoals_of_highest_value(dataset, samples):
+    valued = with_values(dataset)
+    steps = opponent_samples.best_goal_steps(valued, samples, 3)
     for i in range(0, 300, 7):
         ahead = [min(i + k, int(samples.last[i])) for k in (1, 2, 3)]
-        worth = [values[samples.rows[j], samples.seats[j]].item() for j in ahead]
+        worth = [valued.values[samples.rows[j], samples.seats[j]] for j in ahead]
         assert worth[steps[i] - 1] == max(worth)
+
+
+def test_values_of_the_data_choose_the_subgoals(data_dir, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(pv, "load_dataset", lambda path: with_values(dataset))
+    losses = []
+    for subgoal in ("value", "random"):
+        run_dir = train(data_dir, tmp_path, model="cvae", subgoal=subgoal)
+        losses.append(float(read_csv(run_dir / "metrics.csv")[0]["losses/kl_loss"]))
+    assert losses[0] != losses[1] and all(math.isfinite(loss) for loss in losses)
+
+
+def test_observations_of_any_shape_are_flat(dataset):
+    spec = opponent_samples.flat_obs_spec({**dataset.meta, "env_id": "other", "obs_shape": [3, 4]})
+    assert len(spec.names) == 12 and spec.ego == "none" and not spec.moves
 
 
 def test_pursuit_counts_are_fed_as_numbers(tmp_path):
@@ -536,8 +581,9 @@ def test_pursuit_counts_are_fed_as_numbers(tmp_path):
         ({"latent_size": 0}, "--latent-size must be at least 1, got 0"),
         ({"codebook_size": 0, "model": "vqvae"}, "--codebook-size"),
         ({"model": "cvae", "horizon": 35}, "longest episode, 35 steps"),
-        ({"subgoal": "value", "model": "cvae"}, "--critic RUN_DIR"),
-        ({"critic": "runs/x", "subgoal": "value"}, "only, got --model vae"),
+        ({"subgoal": "value", "model": "cvae"}, "collect_data.py --values-of"),
+        ({"subgoal": "value"}, "only, got --model vae"),
+        ({"resume": "nowhere"}, "--resume: expected a run folder, got nowhere"),
         ({"holdout_policies": ("nobody",)}, "one of nearest_stag"),
         ({"heldout_fraction": 0.0}, "between 0 and 1"),
         ({"teacher": "nowhere", "model": "cvae"}, "no checkpoint at"),
@@ -549,7 +595,7 @@ def test_pursuit_counts_are_fed_as_numbers(tmp_path):
 )
 def test_bad_arguments_are_one_line(data_dir, tmp_path, kwargs, message):
     kwargs = {"data": data_dir, **kwargs}
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(runs.UsageError, match=message) as error:
         train(kwargs.pop("data"), tmp_path, **kwargs)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())  # no run folder for a run that never began
@@ -557,7 +603,7 @@ def test_bad_arguments_are_one_line(data_dir, tmp_path, kwargs, message):
 
 def test_a_foreign_checkpoint_is_one_line(tmp_path):
     torch.save({"format": "other"}, tmp_path / "latest.pt")
-    with pytest.raises(ValueError, match="'other', expected 'pretrain_vae/3'"):
+    with pytest.raises(runs.UsageError, match="'other', expected 'pretrain_vae/3'"):
         pv.load_vae(tmp_path)
 
 

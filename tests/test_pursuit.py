@@ -14,6 +14,7 @@ from pettingzoo.sisl.pursuit.pursuit_base import Pursuit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs.pursuit import PursuitVecEnv, place_in_genuine
+from runs import UsageError
 
 
 class Dictated:
@@ -309,7 +310,7 @@ def test_render_equals_the_genuine_picture():
     ],
 )
 def test_bad_arguments_are_one_clear_line(kwargs, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
         PursuitVecEnv(**{"num_envs": 2, "device": "cpu", "seed": 1} | kwargs)
     assert "\n" not in str(error.value)
 
@@ -327,8 +328,9 @@ def test_bad_actions_and_positions_are_one_clear_line():
         ((fine, moves[:, 1:]), "expected evader_actions of shape (2, 30)"),
         ((fine.to("meta"),), "expected actions on cpu, got meta"),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
             env.step(*actions)
+        assert not isinstance(error.value, UsageError)
     pursuers, evaders = env.positions()
     for places, message in (
         ((pursuers[:1], evaders), "expected pursuers of shape (2, 8, 2)"),

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs import stag_hunt
 from envs.stag_hunt import PRESETS, SCRIPTED, StagHuntVecEnv, action_probs, ego_order, parallel_env, sample_actions
+from runs import UsageError
 
 UP, DOWN, LEFT, RIGHT, STAY, STAG, HARE = range(7)
 
@@ -696,26 +697,27 @@ def test_render_tells_things_apart():
         ({"view": 4}, "odd view"),
         ({"view": 0}, "view"),
         ({"height": 8, "width": 8, "num_blocks": 40}, "use fewer blocks"),
+        ({"num_players": "four"}, "num_players"),
     ],
 )
 def test_bad_options_are_one_clear_line(options, message):
     for make in (lambda: StagHuntVecEnv(2, "cpu", 0, **options), lambda: parallel_env(**options)):
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(UsageError, match=message) as error:
             make()
         assert "\n" not in str(error.value)
 
 
 def test_bad_names_are_clear_errors():
-    with pytest.raises(ValueError, match="stag_hunt-8x8-4h2s"):
+    with pytest.raises(UsageError, match="stag_hunt-8x8-4h2s"):
         stag_hunt.preset_options("stag_hunt-9x9")
-    with pytest.raises(ValueError, match="stag_hunt-8x8-4h2s"):
+    with pytest.raises(UsageError, match="stag_hunt-8x8-4h2s"):
         parallel_env("stag_hunt-9x9")
     env = StagHuntVecEnv(2, "cpu", 0)
-    with pytest.raises(ValueError, match="nearest_stag"):
+    with pytest.raises(UsageError, match="nearest_stag"):
         action_probs("nearest_bear", env.full_obs(), env.reset(0).action_mask)
-    with pytest.raises(ValueError, match="rgb_array"):
+    with pytest.raises(UsageError, match="rgb_array"):
         parallel_env(render_mode="human")
-    with pytest.raises(ValueError, match="num_envs"):
+    with pytest.raises(UsageError, match="num_envs"):
         StagHuntVecEnv(0, "cpu", 0)
 
 
@@ -735,8 +737,9 @@ def test_bad_names_are_clear_errors():
 def test_bad_actions_are_clear_errors(actions, message):
     env = StagHuntVecEnv(2, "cpu", 0)
     before = env.state_dict()["cells"]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         env.step(actions)
+    assert not isinstance(error.value, UsageError)
     assert torch.equal(env.state_dict()["cells"], before)
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from collect_data import Args as CollectArgs
 from collect_data import main as collect_main
 from dataset import DatasetWriter, load_dataset, make_meta
 from envs import stag_hunt
+from runs import UsageError, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -56,6 +59,14 @@ def write_vectors(path, next_obs_of, num_agents=2, num_actions=4, dtype="uint8",
             writer.add(rows, rows["truncations"])
             obs = after
     return writer.close()
+
+
+def load_run(run_dir):
+    return load_checkpoint(run_dir, wm.CHECKPOINT_FORMAT)
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
 
 
 def heldout(run_dir, data_path):
@@ -125,7 +136,7 @@ def test_nothing_after_an_exit_or_of_an_absent_agent_reaches_a_loss(hunt, traine
     pairs = samples.pairs(np.arange(dataset.num_steps))
     assert samples.active[pairs].all() and len(pairs[0]) == dataset.active.sum()
     pairs = (pairs[0][::5], pairs[1][::5])
-    targets = (samples.rewards, torch.ones_like(samples.active))
+    targets = wm.Targets(samples.rewards, torch.ones_like(samples.active))
     before = wm.losses_of_batch(model, None, samples, targets, pairs, 3)
     samples.next_obs[samples.terminations] = 1  # what an agent would see after its exit
     for tensor in (samples.obs, samples.next_obs, samples.rewards):
@@ -139,7 +150,7 @@ def test_rollout_loss_equals_a_loop_written_out(hunt, trained):
     dataset, model = load_dataset(hunt), wm.load_world_model(trained)
     samples = wm.Samples(dataset, CPU)
     rows, seats = (x[::97] for x in samples.pairs(np.arange(dataset.num_steps)))
-    targets = (samples.rewards, torch.ones_like(samples.active))
+    targets = wm.Targets(samples.rewards, torch.ones_like(samples.active))
     losses = wm.losses_of_batch(model, None, samples, targets, (rows, seats), 3)
     obs_total, obs_count, done_total, done_count = 0.0, 0, 0.0, 0
     for row, seat in zip(rows.tolist(), seats.tolist(), strict=True):
@@ -283,7 +294,7 @@ def test_every_variant_trains(hunt, tmp_path, changes):
     )
     for name in ("best.pt", "latest.pt", "args.json", "learning_curve.png"):
         assert (run_dir / name).stat().st_size > 0
-    checkpoint = wm.load_checkpoint(run_dir)
+    checkpoint = load_run(run_dir)
     torch.manual_seed(args.seed)
     fresh = wm.WorldModel(checkpoint["config"]).state_dict()
     still = {name for name, x in fresh.items() if torch.equal(x, checkpoint["model"][name])}
@@ -333,42 +344,124 @@ def test_recon_control_knows_only_the_present(hunt, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_td_targets_bootstrap_inside_an_episode_and_stop_at_its_ends(hunt, monkeypatch):
-    import hyper_mappo
+def with_values(dataset):
+    """Values as collect_data.py --values-of would write them, each a number of its own."""
+    return replace(dataset, values=np.arange(dataset.active.size, dtype=np.float32).reshape(dataset.active.shape))
 
-    dataset = load_dataset(hunt)
-    value = torch.arange(4.0) + 1
-    monkeypatch.setattr(
-        hyper_mappo, "load_critic", lambda run, device: lambda s: s.float().flatten(1).sum(1)[:, None] * value
-    )
-    spec = {"state_shape": (4, 4, 7), "num_agents": 4}
-    monkeypatch.setattr(hyper_mappo, "load_checkpoint", lambda run: {"spec": spec})
-    targets, known = wm.td_targets(dataset, wm.Samples(dataset, CPU), "run", 0.5)
+
+def test_td_targets_bootstrap_inside_an_episode_and_stop_at_its_ends(hunt):
+    dataset = with_values(load_dataset(hunt))
+    targets, known = wm.td_targets(dataset, wm.Samples(dataset, CPU), 0.5)
     for row in range(0, 300):
         last = row + 1 == dataset.num_steps or dataset.timesteps[row + 1] == 0
         for seat in range(4):
             reward, ends = float(dataset.rewards[row, seat]), bool(dataset.terminations[row, seat])
             assert known[row, seat] == (ends or not last)
             if known[row, seat]:
-                bootstrap = 0.0 if ends else 0.5 * float(dataset.states[row + 1].sum()) * (seat + 1)
+                bootstrap = 0.0 if ends else 0.5 * (4 * (row + 1) + seat)
                 assert targets[row, seat].item() == pytest.approx(reward + bootstrap)
-    spec["state_shape"] = (8, 8, 7)
-    with pytest.raises(ValueError, match=r"\[8, 8, 7\].*\[4, 4, 7\]"):
-        wm.td_targets(dataset, wm.Samples(dataset, CPU), "run", 0.5)
+
+
+def test_td_rewards_are_learnt_from_the_values_of_the_dataset(hunt, tmp_path, monkeypatch):
+    monkeypatch.setattr(wm, "load_dataset", lambda path: with_values(load_dataset(path)))
+    args = wm.Args(data=str(hunt), runs_dir=str(tmp_path), reward_target="td", batch_size=64, total_updates=5)
+    run_dir = wm.main(args)
+    config = load_run(run_dir)["config"]
+    assert config["reward_target"] == "td" and max(config["reward_bins"]) > 1000
+    assert json.loads((run_dir / "args.json").read_text())["balance_rewards"] == 0.0
 
 
 def test_resume_equals_uninterrupted(hunt, tmp_path):
     args = wm.Args(data=str(hunt), runs_dir=str(tmp_path / "a"), batch_size=64, anneal_lr=False, eval_interval=10)
     args = replace(args, loss="latent", total_updates=20)
-    whole = wm.load_checkpoint(wm.main(args))
+    whole = load_run(wm.main(args))
     first = wm.main(replace(args, runs_dir=str(tmp_path / "b"), total_updates=10))
     assert wm.cli(["--resume", str(first), "--total-updates", "20"]) == 0
-    resumed = wm.load_checkpoint(first)
+    resumed = load_run(first)
     assert resumed["update"] == whole["update"] == 20
     for part in ("model", "target_encoder"):
         assert all(torch.equal(x, resumed[part][name]) for name, x in whole[part].items())
     with open(first / "metrics.csv", newline="") as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["10", "20"]
+
+
+def test_args_json_alone_repeats_a_run(hunt, tmp_path):
+    args = wm.Args(data=str(hunt), runs_dir=str(tmp_path), batch_size=64, total_updates=20, eval_interval=10)
+    first = wm.main(replace(args, holdout_policies=("random",)))
+    content = json.loads((first / "args.json").read_text())
+    assert (content["obs_head"], content["joint_action"], content["balance_rewards"]) == (
+        "categorical",
+        "painted",
+        0.25,
+    )
+    second = wm.main(wm.Args(**content))
+    assert second != first and json.loads((second / "args.json").read_text()) == content
+    assert same_weights(load_run(first)["model"], load_run(second)["model"])
+    assert load_run(first)["args"] == load_run(second)["args"]
+    assert wm.cli(["--resume", str(second), "--total-updates", "21"]) == 0  # a list from JSON is no contradiction
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(hunt, tmp_path, monkeypatch, number):
+    args = wm.Args(data=str(hunt), batch_size=64, total_updates=15, eval_interval=10)
+    whole = load_run(wm.main(replace(args, runs_dir=str(tmp_path / "whole"))))
+    learning_rate_at, handlers = wm.learning_rate_at, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(update, args):
+        if update == 7:
+            os.kill(os.getpid(), number)
+        return learning_rate_at(update, args)
+
+    monkeypatch.setattr(wm, "learning_rate_at", interrupted)
+    run_dir = wm.main(replace(args, runs_dir=str(tmp_path / "stopped")))
+    assert load_run(run_dir)["update"] == 7
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    monkeypatch.undo()
+    assert wm.cli(["--resume", str(run_dir)]) == 0
+    resumed = load_run(run_dir)
+    assert resumed["update"] == 15 and same_weights(whole["model"], resumed["model"])
+    with open(run_dir / "metrics.csv", newline="") as file:
+        assert [row["update"] for row in csv.DictReader(file)] == ["7", "10", "15"]
+
+
+def test_best_is_written_before_latest(hunt, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(wm, "save_checkpoint", lambda checkpoint, path: written.append((path.name, checkpoint)))
+    wm.main(wm.Args(data=str(hunt), runs_dir=str(tmp_path), batch_size=32, total_updates=1))
+    assert [name for name, _ in written] == ["best.pt", "latest.pt"]
+
+
+def test_two_starts_in_the_same_second_get_folders_of_their_own(hunt, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    args = wm.Args(data=str(hunt), runs_dir=str(tmp_path), batch_size=32, total_updates=1)
+    assert wm.main(args) != wm.main(args)
+    assert len(list(tmp_path.glob("*/latest.pt"))) == 2
+
+
+def test_checkpoints_of_before_resume_unless_a_critic_was_in_use(hunt, tmp_path, capsys):
+    args = wm.Args(data=str(hunt), runs_dir=str(tmp_path), batch_size=64, total_updates=20, anneal_lr=False)
+    whole = load_run(wm.main(args))
+    run_dir = wm.main(replace(args, total_updates=10))
+    checkpoint = load_run(run_dir)
+    checkpoint["args"] |= {"critic": None, "obs_head": None, "joint_action": None, "balance_rewards": None}
+    save_checkpoint(checkpoint, run_dir / "latest.pt")
+    assert wm.cli(["--resume", str(run_dir), "--total-updates", "20"]) == 0
+    assert same_weights(whole["model"], load_run(run_dir)["model"])
+    checkpoint["args"] |= {"critic": "runs/critic", "reward_target": "td"}
+    save_checkpoint(checkpoint, run_dir / "latest.pt")
+    capsys.readouterr()
+    assert wm.cli(["--resume", str(run_dir), "--total-updates", "30"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "--critic" in error and error.count("\n") == 0
+
+
+def test_an_error_of_the_program_is_a_traceback(hunt, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ValueError("shapes do not fit")
+
+    monkeypatch.setattr(wm, "obs_loss", broken)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        wm.cli(["--data", str(hunt), "--runs-dir", str(tmp_path), "--total-updates", "1"])
 
 
 def test_same_seed_same_weights_other_seed_others(hunt, tmp_path):
@@ -377,7 +470,7 @@ def test_same_seed_same_weights_other_seed_others(hunt, tmp_path):
         wm.main(replace(args, runs_dir=str(tmp_path / name), seed=seed))
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
-    a, b, c = (wm.load_checkpoint(run)["model"] for run in runs)
+    a, b, c = (load_run(run)["model"] for run in runs)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["move.weight"], c["move.weight"])
 
@@ -389,7 +482,8 @@ def test_minibatches_draw_rare_rewards_as_often_as_common_ones():
     rows, seats = torch.arange(1000).repeat_interleave(2), torch.arange(2).repeat(1000)
     names = {(5.0, 5.0): 0, (0.0, 5.0): 1, (1.0, 1.0): 2, (0.0, 1.0): 3, (0.0, 0.0): 4}  # own, the most anybody gets
     for balanced, expected in ((1.0, [0.2] * 5), (0.5, [0.1, 0.1, 0.1, 0.1, 0.6]), (0.0, [0, 0, 0, 0, 1.0])):
-        minibatches = wm.Minibatches(rewards, (rows, seats), [0.0, 1.0, 5.0], balanced, 20_000, seed=0)
+        pairs = wm.Pairs(rows, seats)
+        minibatches = wm.Minibatches(rewards, pairs, [0.0, 1.0, 5.0], balanced, 20_000, seed=0)
         drawn = minibatches.draw()
         own, most = rewards[rows[drawn], seats[drawn]], rewards[rows[drawn]].amax(1)
         groups = torch.tensor([names[pair] for pair in zip(own.tolist(), most.tolist(), strict=True)])
@@ -437,12 +531,13 @@ def test_max_samples_takes_whole_episodes_of_the_training_split(hunt, tmp_path, 
         (["--data", "DATA", "--eval-samples", "0"], "--eval-samples must be at least 1"),
         (["--data", "DATA", "--balance-rewards", "1.5"], "from 0 to 1, got 1.5"),
         (["--data", "DATA", "--max-grad-norm", "0"], "--max-grad-norm must be more than 0"),
-        (["--data", "DATA", "--reward-target", "td"], "belong together"),
+        (["--data", "DATA", "--reward-target", "td"], "--values-of"),
         (["--data", "DATA", "--loss", "recon", "--rollout-steps", "2"], "no dynamics"),
         (["--data", "CUT"], "truncated"),
         (["--resume", "nowhere"], "no checkpoint"),
         (["--resume", "RUN", "--hidden-size", "64"], "contradicts"),
         (["--resume", "RUN"], "already done"),
+        (["--resume", "FILE", "--total-updates", "900"], "expected a run folder"),
         (["--resume", "RUN", "--total-updates", "900", "--data", "OTHER"], "contradicts"),
     ],
 )
@@ -451,7 +546,10 @@ def test_bad_input_is_one_line_and_exit_code_2(hunt, trained, tmp_path, capsys, 
     file = tmp_path / "cut" / "observations.npy"
     file.write_bytes(file.read_bytes()[:-100])
     names = {"DATA": str(hunt), "RUN": str(trained), "CUT": str(tmp_path / "cut"), "OTHER": "elsewhere"}
-    assert wm.cli([names.get(flag, flag) for flag in flags] + ["--runs-dir", str(tmp_path)] * (not flags)) == 2
+    names["FILE"] = str(trained / "latest.pt")
+    args_before = (trained / "args.json").read_text()
+    assert wm.cli([names.get(flag, flag) for flag in flags] + ["--runs-dir", str(tmp_path / "runs")]) == 2
+    assert not (tmp_path / "runs").exists() and (trained / "args.json").read_text() == args_before
     error = capsys.readouterr().err.strip()
     assert message in error and error.count("\n") == 0 and error.startswith("error: ")
 
@@ -468,6 +566,8 @@ def test_painted_actions_need_agent_planes_and_classes_need_small_counts(tmp_pat
 
 def test_step_names_both_shapes_for_a_foreign_observation(trained):
     model = wm.load_world_model(trained)
+    with pytest.raises(UsageError, match="no checkpoint"):
+        wm.load_world_model("nowhere")
     with pytest.raises(ValueError, match=r"4, 4, 7.*\[3, 8, 8, 7\]"):
         model.step(torch.zeros(3, 8, 8, 7, dtype=torch.uint8), torch.zeros(3, 4, dtype=torch.int64))
 

@@ -11,7 +11,7 @@ from gymnasium.spaces import Discrete
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import hyper_mappo
-from envs import EnvStep, VecEnv
+from envs import CheckedEnv, EnvStep, VecEnv
 
 SEED, STEPS = 5, 8
 
@@ -54,8 +54,8 @@ class TableEnv(VecEnv):
 
 if __name__ == "__main__":
     runs_dir, total_timesteps, *resume = sys.argv[1:]
-    hyper_mappo.check_env = lambda *_: "batched"
-    hyper_mappo.make_vec_env = lambda env_id, num_envs, device, seed, *_: TableEnv(num_envs, device, seed)
+    hyper_mappo.check_env = lambda *_: CheckedEnv("table", "batched", {}, spec=None)
+    hyper_mappo.make_vec_env = lambda checked, num_envs, device, seed, *_: TableEnv(num_envs, device, seed)
     hyper_mappo.sample_actions = lambda dist, *_: dist.argmax(-1)
     flags = ["--runs-dir", runs_dir, "--total-timesteps", total_timesteps, "--seed", str(SEED), "--num-envs", "8"]
     flags += ["--num-steps", "8", "--num-minibatches", "1", "--update-epochs", "2", "--no-anneal-lr", "--hidden-size"]
