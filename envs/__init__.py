@@ -15,13 +15,15 @@ import difflib
 import functools
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import gymnasium as gym
 import torch
@@ -47,7 +49,8 @@ class EnvStep:
     final_state     [N, *S]     likewise for `state`
     episode_returns [N, A]      float32, undiscounted return; meaningful where episode_over
     episode_lengths [N]         int64, env steps; meaningful where episode_over
-    executed_actions [N, A]     actions as the env carried them out ([N, A, D] continuous ones); None: as given
+    executed_actions [N, A]     actions as the env carried them out ([N, A, D] where one has D parts); None: as given
+    success         [N]         bool, the episode that ended was won; meaningful where episode_over. None: no such thing
 
     `final_obs` and `final_state` may be given as functions and are then computed when first read
     (only few callers need them). They must be read before the env steps again.
@@ -68,6 +71,7 @@ class EnvStep:
         episode_returns: torch.Tensor,
         episode_lengths: torch.Tensor,
         executed_actions: torch.Tensor | None = None,
+        success: torch.Tensor | None = None,
     ):
         self.obs, self.state, self.action_mask, self.active = obs, state, action_mask, active
         self.rewards, self.terminations, self.truncations = rewards, terminations, truncations
@@ -75,6 +79,7 @@ class EnvStep:
         self._final_obs, self._final_state = final_obs, final_state
         self.episode_returns, self.episode_lengths = episode_returns, episode_lengths
         self.executed_actions = executed_actions
+        self.success = success
 
     @property
     def final_obs(self) -> torch.Tensor:
@@ -178,9 +183,8 @@ def describe_obs(meta: dict[str, Any]) -> ObsSpec:
     meta holds env_id (resolved), env_kwargs, num_agents, obs_shape and obs_dtype, as the meta of a dataset and the
     config of a model do. Raises UsageError for shapes other than [D] and [H, W, C].
     """
-    from envs import pursuit, stag_hunt
-
-    for game in (pursuit, stag_hunt):
+    for name in ("pursuit", *PRESET_GAMES):
+        game = importlib.import_module(f"envs.{name}")
         if re.fullmatch(game.ENV_ID, meta["env_id"]):
             return game.describe_obs(meta["num_agents"], meta["env_kwargs"])
     shape = meta["obs_shape"]
@@ -195,26 +199,66 @@ def describe_obs(meta: dict[str, Any]) -> ObsSpec:
 # ---------------------------------------------------------------- names
 ALIASES = {"pursuit": "sisl/pursuit"}  # a registry id without version is its newest one
 BACKENDS = ("auto", "pettingzoo", "batched")
+RESERVED = ("num_envs", "device", "seed", "render_mode")  # not for env_kwargs: who makes the env decides
+
+# Games with named presets: module of envs/ -> its batched class. The module has ENV_ID (a pattern), PRESETS,
+# preset_options(name), describe_obs(num_agents, env_kwargs) and parallel_env(preset=name).
+PRESET_GAMES = {"stag_hunt": "StagHuntVecEnv"}
+
+
+class Simulator(NamedTuple):
+    """Batched envs of another library, by ids like "vmas:navigation?n_agents=8". They have no PettingZoo form.
+
+    The module has check(name, env_kwargs) -> (resolved id, env_kwargs), which raises UsageError, and
+    make(name, num_envs, device, seed, **env_kwargs) -> VecEnv. It is imported only when such an id is used.
+    """
+
+    module: str
+    package: str
+    requirements: str
+
+
+SIMULATORS = {
+    "vmas": Simulator("envs.vmas_vec", "vmas", "requirements-vmas.txt"),
+    "jaxmarl": Simulator("envs.jaxmarl_vec", "jaxmarl", "requirements-jaxmarl.txt"),
+}
 
 
 def resolve_env_id(env_id: str) -> str:
     """The full name of an env: "pursuit" -> "sisl/pursuit_v5". Raises UsageError for an unknown one."""
+    if _is_simulated(env_id):
+        return _check_simulated(env_id, {})[0]
     return _find_env(env_id)[0]
 
 
 def _find_env(env_id: str) -> tuple[str, Callable[..., Any]]:
     """The full name of an env and the function that makes a genuine one."""
-    from envs import stag_hunt
-
     name = ALIASES.get(env_id, env_id)
     preset = re.sub(r"[-_]v\d+$", "", name)
-    if preset in stag_hunt.PRESETS:
-        return preset, functools.partial(stag_hunt.parallel_env, preset=preset)
+    game = _game_of_preset(preset)
+    if game is not None:
+        return preset, functools.partial(game.parallel_env, preset=preset)
+    if _is_simulated(name):
+        raise UsageError(f"expected an env with a PettingZoo form, got {name!r}, which has none: use --backend batched")
     if "/" in name:
         return _find_registered(name)
     if "." in name or ":" in name:
         return _find_in_module(name)
     raise _unknown(env_id, "no alias of that name")
+
+
+def _game_of_preset(name: str) -> ModuleType | None:
+    """The module of envs/ that knows a preset."""
+    for module_name in PRESET_GAMES:
+        game = importlib.import_module(f"envs.{module_name}")
+        if name in game.PRESETS:
+            return game
+    return None
+
+
+def _preset_names() -> list[str]:
+    games = [importlib.import_module(f"envs.{module_name}") for module_name in PRESET_GAMES]
+    return [name for game in games for name in game.PRESETS]
 
 
 def _find_registered(name: str) -> tuple[str, Callable[..., Any]]:
@@ -273,16 +317,80 @@ def _not_parallel(name: str) -> UsageError:
 def _unknown(env_id: str, reason: str) -> UsageError:
     import pettingzoo
 
-    from envs import stag_hunt
-
-    short = [*ALIASES, *stag_hunt.PRESETS]
+    short = [*ALIASES, *_preset_names()]
     registered = [_underscored(name) for name in getattr(pettingzoo, "parallel_registry", {}) if "/" in name]
     matches = difflib.get_close_matches(env_id, short + registered, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(matches)}? " if matches else ""
     return UsageError(
-        f"unknown env id {env_id!r} ({reason}): {hint}expected {', '.join(short)}, "
-        "an id of PettingZoo's registry or package.module:factory"
+        f"unknown env id {env_id!r} ({reason}): {hint}expected {', '.join(short)}, an id of PettingZoo's registry, "
+        f"package.module:factory, {':NAME, '.join(SIMULATORS)}:NAME"
     )
+
+
+# ---------------------------------------------------------------- simulators of others
+def _is_simulated(env_id: str) -> bool:
+    return env_id.partition(":")[0] in SIMULATORS
+
+
+def _simulator(env_id: str) -> ModuleType:
+    """The module behind the prefix of an id; UsageError where its package is not installed."""
+    prefix = env_id.partition(":")[0]
+    simulator = SIMULATORS[prefix]
+    try:
+        return importlib.import_module(simulator.module)
+    except ModuleNotFoundError as error:
+        raise _not_installed(prefix, error) from error
+
+
+def _not_installed(prefix: str, error: ImportError) -> UsageError:
+    simulator = SIMULATORS[prefix]
+    return UsageError(
+        f"{prefix}: envs expected the package {simulator.package} ({error}): "
+        f"pip install -r {simulator.requirements}, from the repository's folder"
+    )
+
+
+def _check_simulated(env_id: str, env_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What the simulator's module says to an id and its arguments: -> resolved id, arguments"""
+    prefix = env_id.partition(":")[0]
+    name, in_id = _name_and_arguments(env_id)
+    for argument in in_id.keys() & env_kwargs.keys():
+        if in_id[argument] != env_kwargs[argument]:
+            raise UsageError(
+                f"{env_id}: expected {argument} once, got {in_id[argument]!r} in the id and "
+                f"{env_kwargs[argument]!r} in --env-kwargs: leave one out"
+            )
+    arguments = {**in_id, **env_kwargs}
+    refuse_reserved(arguments)
+    module = _simulator(env_id)
+    try:
+        return module.check(name, arguments)
+    except ModuleNotFoundError as error:
+        raise _not_installed(prefix, error) from error
+
+
+def _name_and_arguments(env_id: str) -> tuple[str, dict[str, Any]]:
+    """ "vmas:navigation?n_agents=8" -> "navigation", {"n_agents": 8}; a value that is no JSON is a string"""
+    name, _, query = env_id.partition(":")[2].partition("?")
+    arguments = {}
+    for pair in filter(None, query.split("&")):
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise UsageError(f"{env_id}: expected arguments like ?n_agents=8&max_steps=100, got {pair!r}: name=value")
+        try:
+            arguments[key] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[key] = value
+    return name, arguments
+
+
+def refuse_reserved(env_kwargs: dict[str, Any]) -> None:
+    """UsageError for arguments that are not the env's own."""
+    reserved = [name for name in RESERVED if name in env_kwargs]
+    if reserved:
+        raise UsageError(
+            f"expected arguments of the env, got {', '.join(reserved)}: leave it out, other flags decide about it"
+        )
 
 
 # ---------------------------------------------------------------- making
@@ -324,14 +432,16 @@ def _why(error: Exception) -> str:
 
 def _batched_twin(env_id: str) -> Callable[..., VecEnv] | None:
     """What makes the batched form of an env; None where there is none."""
-    from envs import pursuit, stag_hunt
+    from envs import pursuit
 
     name = resolve_env_id(env_id)
     if re.fullmatch(pursuit.ENV_ID, name):
         return pursuit.PursuitVecEnv
-    if name in stag_hunt.PRESETS:
-        return functools.partial(stag_hunt.StagHuntVecEnv, **stag_hunt.preset_options(name))
-    return None
+    game = _game_of_preset(name)
+    if game is None:
+        return None
+    make = getattr(game, PRESET_GAMES[game.__name__.rpartition(".")[2]])
+    return functools.partial(make, **game.preset_options(name))
 
 
 @dataclass(frozen=True)
@@ -341,22 +451,38 @@ class CheckedEnv:
     env_id: str  # resolved
     backend: str  # "pettingzoo" or "batched"
     env_kwargs: dict[str, Any]
-    spec: EnvSpec  # of the genuine env
+    spec: EnvSpec | None  # of the genuine env; None where there is none
+
+    @property
+    def genuine(self) -> bool:
+        """There is a genuine PettingZoo form, on which evaluation, videos and reported returns run."""
+        return self.spec is not None
 
 
 def check_env(env_id: str, backend: str = "auto", env_kwargs: dict[str, Any] | None = None) -> CheckedEnv:
-    """What `make_vec_env` will make, and on which backend: "auto" is the batched twin where there is one.
+    """What `make_vec_env` will make, and on which backend: "auto" is the batched form where there is one.
 
     Raises UsageError for an unknown env or backend, an env that is not parallel or whose spaces cannot be used, and
     wrong arguments. To find that out it makes one genuine env, and one batched env where that is to be used.
     """
-    from envs.pettingzoo_vec import probe_env
-
     if backend not in BACKENDS:
         raise UsageError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}: choose one of them")
     env_kwargs = {} if env_kwargs is None else env_kwargs
     if not isinstance(env_kwargs, dict):
         raise UsageError(f"expected the env's arguments by name (in JSON an object), got {env_kwargs!r}: name them")
+    refuse_reserved(env_kwargs)
+    if _is_simulated(env_id):
+        if backend == "pettingzoo":
+            raise UsageError(f"expected an env with a PettingZoo form, got {env_id!r}: use --backend batched")
+        env_id, env_kwargs = _check_simulated(env_id, env_kwargs)
+        return CheckedEnv(env_id, "batched", env_kwargs, None)
+    return _check_genuine(env_id, backend, env_kwargs)
+
+
+def _check_genuine(env_id: str, backend: str, env_kwargs: dict[str, Any]) -> CheckedEnv:
+    """`check_env` for an env that has a genuine form."""
+    from envs.pettingzoo_vec import probe_env
+
     twin = _batched_twin(env_id)
     if twin is None and backend == "batched":
         raise UsageError(f"expected an env that has a batched form, got {env_id!r}: use --backend pettingzoo")
@@ -390,17 +516,50 @@ def make_vec_env(
         raise UsageError(
             f"expected num_envs >= 1 and num_env_procs >= 0, got {num_envs} and {num_env_procs}: change them"
         )
-    checked = env if isinstance(env, CheckedEnv) else check_env(env, backend, env_kwargs)
+    checked = env
+    if not isinstance(env, CheckedEnv):
+        own_kwargs = {name: value for name, value in env_kwargs.items() if name != "render_mode"}
+        checked = check_env(env, backend, own_kwargs)
     backend = checked.backend if backend == "auto" else backend
     env_kwargs = {**checked.env_kwargs, **env_kwargs}
     device = torch.device(device)
     if backend == "batched":
-        envs = _batched_twin(checked.env_id)(num_envs=num_envs, device=device, seed=seed, **env_kwargs)
+        make = _batched_form(checked)
+        envs = make(num_envs=num_envs, device=device, seed=seed, **env_kwargs)
         envs.env_id = checked.env_id
         return envs
     from envs.pettingzoo_vec import PettingZooVecEnv
 
+    if not checked.genuine:
+        raise UsageError(f"expected an env with a PettingZoo form, got {checked.env_id!r}: use --backend batched")
     return PettingZooVecEnv(checked.spec, num_envs, device, seed, num_env_procs, **env_kwargs)
+
+
+def _batched_form(checked: CheckedEnv) -> Callable[..., VecEnv]:
+    if checked.genuine:
+        return _batched_twin(checked.env_id)
+    name, _ = _name_and_arguments(checked.env_id)
+    return functools.partial(_simulator(checked.env_id).make, name)
+
+
+def make_eval_env(
+    checked: CheckedEnv,
+    num_envs: int,
+    device: torch.device | str,
+    seed: int,
+    num_env_procs: int = 0,
+    render: bool = False,
+    **env_kwargs: Any,
+) -> VecEnv:
+    """What evaluation and videos run on: the genuine env, or the batched one where that is all there is.
+
+    render: `render()` will be called. Otherwise as `make_vec_env`.
+    """
+    if not checked.genuine:
+        return make_vec_env(checked, num_envs, device, seed, "batched", **env_kwargs)
+    if render:
+        env_kwargs["render_mode"] = "rgb_array"
+    return make_vec_env(checked, num_envs, device, seed, "pettingzoo", num_env_procs, **env_kwargs)
 
 
 def num_cpus() -> int:

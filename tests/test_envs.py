@@ -18,6 +18,7 @@ from envs import (
     check_env,
     default_env_procs,
     describe_obs,
+    make_eval_env,
     make_parallel_env,
     make_vec_env,
     resolve_env_id,
@@ -593,6 +594,13 @@ BAD = [
     (("pursuit", "pettingzoo"), {"n_evader": 3}, "n_evaders, n_pursuers"),
     (("pursuit", "auto"), {"n_evader": 3}, "n_evaders, n_pursuers"),
     (("stag_hunt", "auto"), {"hight": 3}, "height"),
+    (("pursuit",), {"seed": 3, "device": "cpu"}, "got device, seed: leave it out"),
+    (("mpe2.simple_spread_v3",), {"render_mode": "rgb_array"}, "got render_mode"),
+    (("pursuit",), [1], "in JSON an object"),
+    (("vmas:navigation?n_agents",), {}, "name=value"),
+    (("vmas:navigation?n_agents=3",), {"n_agents": 4}, "expected n_agents once"),
+    (("vmas:navigation?seed=3",), {}, "got seed"),
+    (("vmas:navigation", "pettingzoo"), {}, "--backend batched"),
     (("mpe2.simple_spread_v3",), {"agents": 3}, "N, local_ratio"),
     (("butterfly/pistonball_v6",), {"pistons": 3}, "n_pistons"),
     (("butterfly/knights_archers_zombies_v11",), {"obs_method": "vector-sequence"}, "fixed size"),
@@ -607,6 +615,68 @@ def test_bad_input_is_one_clear_line(args, env_kwargs, message):
     with pytest.raises(UsageError) as error:
         check_env(*args, env_kwargs=env_kwargs)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+class LineSimulator:
+    """A module as SIMULATORS names one: the docs' batched env, by "vmas:line"."""
+
+    @staticmethod
+    def check(name, env_kwargs):
+        if name != "line":
+            raise UsageError(f"expected line, got {name}")
+        return "vmas:line", env_kwargs
+
+    @staticmethod
+    def make(name, num_envs, device, seed, **env_kwargs):
+        assert name == "line"
+        return line_walk(num_envs, **env_kwargs)
+
+
+def test_simulators_without_a_genuine_form(monkeypatch):
+    monkeypatch.setitem(sys.modules, "envs.vmas_vec", LineSimulator)
+    checked = check_env("vmas:line?max_cycles=4", env_kwargs={"size": 10})
+    assert (checked.env_id, checked.backend, checked.genuine) == ("vmas:line", "batched", False)
+    assert checked.env_kwargs == {"max_cycles": 4, "size": 10} and checked.spec is None
+    assert resolve_env_id("vmas:line?size=10") == "vmas:line"
+    env = make_vec_env(checked, 3, "cpu", 0)
+    assert env.env_id == "vmas:line" and env.max_cycles == 4 and env.size == 10
+    seen = make_eval_env(checked, 2, "cpu", 0, num_env_procs=2, render=True)
+    assert seen.backend == "batched" and seen.num_envs == 2
+    for make in (lambda: make_parallel_env("vmas:line"), lambda: make_vec_env(checked, 1, "cpu", 0, "pettingzoo")):
+        with pytest.raises(UsageError, match="--backend batched"):
+            make()
+    with pytest.raises(UsageError, match="expected line"):
+        check_env("vmas:circle")
+
+
+def test_a_simulator_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "envs.jaxmarl_vec", None)  # as if it were not there
+    with pytest.raises(UsageError, match="pip install -r requirements-jaxmarl.txt") as error:
+        check_env("jaxmarl:SMAX?scenario=3m")
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_is_on_the_genuine_env_where_there_is_one():
+    checked = check_env("pursuit", "auto", SMALL_PURSUIT)
+    assert checked.genuine and checked.backend == "batched"
+    env = make_eval_env(checked, 1, "cpu", 0, render=True, max_cycles=4)
+    assert env.backend == "pettingzoo" and env.render().ndim == 3
+    steps = [step for _, step in roll(env, 0, 4)]
+    assert steps[-1].episode_lengths.tolist() == [4]
+
+
+def test_won_or_lost_is_a_field_of_its_own():
+    step = line_walk(2).reset(0)
+    assert step.success is None
+    fields = {name: getattr(step, name) for name in FIELDS}
+    assert EnvStep(**fields, success=step.truncations).success is step.truncations
+
+
+@pytest.mark.parametrize("env_id", ["my_pursuit:Env", "drone_pursuit:Env", "my.stag_hunt:Env", "stag_hunt_2:Env"])
+def test_a_name_that_contains_a_known_one_is_not_that_env(env_id):
+    meta = dict(env_id=env_id, env_kwargs={}, num_agents=4, obs_shape=[7, 7, 3], obs_dtype="uint8")
+    spec = describe_obs(meta)
+    assert spec.names == ("channel 0", "channel 1", "channel 2") and spec.ego == "none" and not spec.resimulates
 
 
 def test_bad_counts():
