@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vmas", reason="pip install -r requirements-vmas.txt")
 
-from envs import vmas_vec
+from envs import check_env, make_vec_env, vmas_vec
 from envs.vmas_vec import SCENARIOS, VmasVecEnv
 from runs import UsageError
 
@@ -304,3 +304,12 @@ def test_render_needs_no_display(name, monkeypatch):
         env.step(actions)
     if name != "simple_crypto":  # where nobody moves
         assert (env.render() != first).any()
+
+
+def test_through_make_vec_env():
+    checked = check_env("vmas:balance?n_agents=4", env_kwargs={"max_steps": 3})
+    assert checked.env_id == "vmas:balance" and not checked.genuine
+    env = make_vec_env(checked, num_envs=2, device="cpu", seed=1)
+    assert env.env_id == "vmas:balance" and env.num_agents == 4 and env.reset().obs.shape == (2, 4, *env.obs_shape)
+    with pytest.raises(UsageError, match="use --backend batched"):
+        check_env("vmas:balance", backend="pettingzoo")
