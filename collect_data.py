@@ -202,7 +202,7 @@ def make_rows(
     if step.action_mask is not None:
         tensors["action_masks"] = step.action_mask
     if critic is not None:
-        tensors["values"] = critic(step.state)
+        tensors["values"] = critic(step.state, step.obs)
     rows = {}
     for name, tensor in tensors.items():
         rows[name] = tensor.cpu().numpy().copy()  # a copy: an env may reuse its own

@@ -26,7 +26,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ from torch import Tensor, distributed
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from envs import CheckedEnv, EnvStep, VecEnv, check_env, default_env_procs, make_vec_env, num_cpus
+from envs import CheckedEnv, EnvStep, VecEnv, check_env, default_env_procs, individual_kwargs, make_vec_env, num_cpus
 from envs.players import FixedPolicy, Partners, parse_partners, scripted_player
 from pretrain_vae import load_vae
 from runs import (
@@ -125,6 +125,9 @@ class Args:
     """env steps of each env per rollout"""
     anneal_lr: bool = False
     """lower the learning rates linearly to 0"""
+    team_spirit: float | None = None
+    """t of 0 ... 1: what is trained on is (1 - t) x the agent's own reward + t x the mean over active learners. Below 1
+    the env pays every agent for itself, where it can; None: 0"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.95
@@ -157,7 +160,9 @@ class Args:
     hidden_size: int = 128
     """width of the two hidden layers of actor and critic"""
     agent_id: bool = False
-    """append a one-hot agent id to what the actor sees"""
+    """append a one-hot agent id to what the actor sees, and the critic with --critic-obs"""
+    critic_obs: bool = True
+    """the critic sees the state and the agent's own observation; without: the state alone, one output per agent"""
 
     hyper: Literal["none", "delta", "full", "last-layer", "low-rank"] = "delta"
     """what the context makes of the actor's weights. none: nothing, plain MAPPO; delta: a sum of learned deltas is
@@ -225,16 +230,17 @@ LIMITS = {
         "num_env_procs eval_episodes learning_rate hyper_learning_rate ent_coef vf_coef smooth_coef align_coef",
     ),
     "more than 0": (lambda x: x > 0, "clip_coef huber_delta max_grad_norm target_kl"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma gae_lambda"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma gae_lambda team_spirit"),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
 }
 # What a run's weights depend on: --resume and --init-from refuse to change these.
 ARCHITECTURE = (
-    "hidden_size agent_id value_norm hyper hyper_context actor_context share_delta history context_size context_heads "
-    "hyper_basis hyper_rank hyper_critic match_params subgoals"
+    "hidden_size agent_id critic_obs value_norm hyper hyper_context actor_context share_delta history context_size "
+    "context_heads hyper_basis hyper_rank hyper_critic match_params subgoals"
 ).split()
 # What its episodes in flight depend on, too.
-FIXED_BY_CHECKPOINT = [*"env_id env_kwargs backend seed num_envs num_steps partners".split(), *ARCHITECTURE]
+EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_steps partners".split()
+FIXED_BY_CHECKPOINT = [*EPISODES_IN_FLIGHT, *ARCHITECTURE]
 # These do nothing without a context, or without a hypernetwork.
 CONTEXT_ONLY = "hyper_context history context_size context_heads chunk_length subgoals".split()
 HYPER_ONLY = (
@@ -760,7 +766,7 @@ def make_hypernetwork(layers: nn.ModuleList, gains: list[float], args: Args) -> 
 
 def generated_mlp(
     x: Tensor,
-    layers: nn.ModuleList,
+    layers: Sequence[nn.Module | None],
     hyper: HyperNetwork | None,
     code: Tensor | None,
 ) -> Tensor:
@@ -908,20 +914,27 @@ def load_subgoals(run_dir: str, spec: dict) -> nn.Module:
 
 
 class Critic(nn.Module):
-    """Centralised: the global state -> one value for each agent, in normalised units: [..., *S] -> [..., A].
+    """Centralised: the global state and an agent's own observation -> that agent's value, in normalised units.
 
-    With --hyper-critic its weights are made from a context, too: an encoding of the state, without history, so that
-    the value of an episode's last state needs nothing else.
+    The first layer is W_s state + W_o obs: its state part is computed once per env. Without --critic-obs the state
+    alone -> one output per agent. With --hyper-critic its weights are made from a context, too: an encoding of the
+    state, without history, so that the value of an episode's last state needs nothing else.
     """
-
-    # DEVIATION: one output per agent from the plain state, not a pass per agent over its own state: A times cheaper.
 
     def __init__(self, spec: dict, args: Args):
         super().__init__()
         self.trunk = Trunk(spec["state_shape"], spec["state_scale"])
+        inputs, outputs = self.trunk.num_features, spec["num_agents"]
+        self.obs_trunk = None
+        self.num_ids = 0
+        if args.critic_obs:
+            self.obs_trunk = Trunk(spec["obs_shape"], spec["obs_scale"])
+            self.num_ids = spec["num_agents"] if args.agent_id else 0
+            inputs += self.obs_trunk.num_features + self.num_ids
+            outputs = 1
         H = args.hidden_size
         gains = [math.sqrt(2), math.sqrt(2), 1.0]
-        self.layers = make_layers([self.trunk.num_features, H, H, spec["num_agents"]], gains)
+        self.layers = make_layers([inputs, H, H, outputs], gains)
         self.hyper = None
         if args.hyper_critic:
             self.encoder = layer_init(nn.Linear(self.trunk.num_features, args.context_size))
@@ -929,14 +942,39 @@ class Critic(nn.Module):
             if not self.hyper.has_base:
                 self.layers = nn.ModuleList(3 * [None])
 
-    def forward(self, state: Tensor) -> Tensor:
-        features = self.trunk(state)
-        x = features.flatten(0, -2)  # [..., F] -> [B, F]
+    def forward(self, state: Tensor, obs: Tensor) -> Tensor:
+        """state [..., *S], obs [..., A, *O] -> values [..., A]"""
+        features = self.trunk(state)  # [..., F]
+        lead = features.shape[:-1]
+        features = features.flatten(0, -2)  # [..., F] -> [B, F]
         code = None
         if self.hyper:
-            code = self.hyper.code(self.encoder(x).relu_())
-        values = generated_mlp(x, self.layers, self.hyper, code)  # [B, A]
-        return values.view(*features.shape[:-1], -1)
+            code = self.hyper.code(self.encoder(features).relu_())  # [B, P]
+        if self.obs_trunk is None:
+            values = generated_mlp(features, self.layers, self.hyper, code)  # [B, A]
+            return values.view(*lead, -1)
+        own = self.own_features(obs).flatten(0, -3)  # [..., A, F_o] -> [B, A, F_o]
+        B, A, _ = own.shape
+        if self.hyper:
+            of_all = features.unsqueeze(1).expand(B, A, -1)  # [B, F] -> [B, A, F]
+            x = torch.cat([of_all, own], dim=-1).flatten(0, 1)  # [B * A, F + F_o]
+            code = code.repeat_interleave(A, dim=0)  # [B * A, P]
+            return generated_mlp(x, self.layers, self.hyper, code).view(*lead, A)
+        first, *later = self.layers
+        state_weight, own_weight = first.weight.split([features.shape[-1], own.shape[-1]], dim=1)
+        from_state = F.linear(features, state_weight, first.bias)  # [B, H]
+        x = F.linear(own, own_weight) + from_state.unsqueeze(1)  # [B, A, H]
+        x = x.flatten(0, 1).relu_()
+        return generated_mlp(x, later, None, None).view(*lead, A)
+
+    def own_features(self, obs: Tensor) -> Tensor:
+        """What the critic sees of each agent itself: [..., A, *O] -> [..., A, F_o]"""
+        own = self.obs_trunk(obs)
+        if not self.num_ids:
+            return own
+        ids = torch.eye(self.num_ids, device=own.device)
+        ids = ids.expand(*own.shape[:-1], self.num_ids)
+        return torch.cat([own, ids], dim=-1)
 
 
 class ValueNorm(nn.Module):
@@ -1036,6 +1074,19 @@ def regression_loss(error: Tensor, huber_delta: float | None) -> Tensor:
     return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=huber_delta)
 
 
+def shared_rewards(rewards: Tensor, learns: Tensor, team_spirit: float) -> Tensor:
+    """(1 - t) own + t x the mean over those who learn (OpenAI et al. 2019, arXiv 1912.06680, "team spirit").
+
+    rewards [..., A], learns [..., A]: who is active and learns -> [..., A], own rewards for everyone else
+    """
+    if team_spirit == 0:
+        return rewards
+    weights = learns.float()
+    total = (rewards * weights).sum(-1, keepdim=True)
+    team = total / weights.sum(-1, keepdim=True).clamp(min=1.0)
+    return torch.lerp(rewards, team, team_spirit * weights)
+
+
 def compute_gae(
     rewards: Tensor,
     values: Tensor,
@@ -1118,11 +1169,12 @@ def ppo_loss(
     [1, S, A, hidden] from before their first step.
     """
     weights = mb["learns"].float()  # every mean is over agents that are active and learn
+    mb = {**mb, "obs": mb["obs"].float()}  # bytes become numbers once, for actor and critic
     dists, code, _ = actor(**actor_inputs(mb))
     newlogprob = log_prob(dists, mb["actions"], actor.discrete)
     pg_loss, logratio, ratio = clipped_policy_loss(newlogprob, mb, weights, args.clip_coef)
     entropy_bonus = masked_mean(entropy(dists, actor.discrete), weights)
-    v_loss = value_loss(critic(mb["state"]), mb, weights, args)
+    v_loss = value_loss(critic(mb["state"], mb["obs"]), mb, weights, args)
     # DEVIATION: the losses of actor and critic are summed and stepped by one Adam.
     loss = pg_loss - args.ent_coef * entropy_bonus + args.vf_coef * v_loss
 
@@ -1254,9 +1306,14 @@ def split_memory(actor: Actor, memory: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def state_values(critic: Critic, value_norm: ValueNorm, state: Tensor) -> Tensor:
-    """V in units of return: state [..., *S] -> [..., A]"""
-    return value_norm.denormalize(critic(state))
+def state_values(
+    critic: Critic,
+    value_norm: ValueNorm,
+    state: Tensor,
+    obs: Tensor,
+) -> Tensor:
+    """V in units of return: state [..., *S], obs [..., A, *O] -> [..., A]"""
+    return value_norm.denormalize(critic(state, obs))
 
 
 @torch.no_grad()
@@ -1308,7 +1365,7 @@ class Policy:
 
     def __init__(self, run_dir: str | Path, device: str | torch.device = "cpu"):
         checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT, device)
-        self.args = restore_args(Args, checkpoint["args"], run_dir)
+        self.args = saved_args(checkpoint, run_dir)
         self.spec, self.device = checkpoint["spec"], torch.device(device)
         self.actor = Actor(self.spec, self.args).to(device).requires_grad_(False)
         self.actor.load_state_dict(checkpoint["actor"])
@@ -1340,10 +1397,13 @@ def make_policy(name: str, env: VecEnv) -> Policy | FixedPolicy:
     return policy
 
 
-def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
-    """V of a run folder, in units of return: state [..., *S] -> values [..., A]. UsageError as load_checkpoint."""
+def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Callable[[Tensor, Tensor], Tensor]:
+    """V of a run folder, in units of return: state [..., *S], obs [..., A, *O] -> values [..., A].
+
+    UsageError as load_checkpoint.
+    """
     checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT, device)
-    args = restore_args(Args, checkpoint["args"], run_dir)
+    args = saved_args(checkpoint, run_dir)
     critic = Critic(checkpoint["spec"], args).to(device)
     critic.load_state_dict(checkpoint["critic"])
     value_norm = ValueNorm(args.value_norm).to(device)
@@ -1546,11 +1606,15 @@ def resolve(args: Args, backend: str, device: torch.device, world_size: int) -> 
     num_threads = args.num_threads
     if num_threads is None:
         num_threads = torch.get_num_threads()
+    team_spirit = args.team_spirit
+    if team_spirit is None:
+        team_spirit = 0.0
     resolved = replace(
         with_form_sizes(args),
         backend=backend,
         num_envs=num_envs,
         num_minibatches=num_minibatches,
+        team_spirit=team_spirit,
         num_env_procs=env_procs(args),
         num_threads=num_threads,
         update_threads=update_threads,
@@ -1594,13 +1658,21 @@ def check_sizes(args: Args, world_size: int) -> None:
         raise UsageError(f"{given} does not divide the {sequences} {what} of a process")
 
 
+def saved_args(checkpoint: dict, run_dir: str | Path) -> Args:
+    """The Args of a checkpoint. A flag that is younger than it stands as it was before there was a choice."""
+    as_before = {"critic_obs": False, "team_spirit": 0.0}
+    if individual_kwargs(checkpoint["spec"]["env_id"]):
+        as_before["team_spirit"] = 1.0  # the env paid everyone the mean
+    return restore_args(Args, {**as_before, **checkpoint["args"]}, run_dir)
+
+
 def saved_run(args: Args) -> tuple[Args, list[str]] | None:
     """Of the run folder that the flags name: its Args, the defaults of all others, and what they must not change."""
     run_dir = args.resume or args.evaluate or args.init_from
     if not run_dir:
         return None
     checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT)
-    saved = restore_args(Args, checkpoint["args"], run_dir)
+    saved = saved_args(checkpoint, run_dir)
     if args.resume:
         return saved, FIXED_BY_CHECKPOINT
     if args.evaluate:
@@ -1628,6 +1700,18 @@ def env_spec(env: VecEnv) -> dict:
     }
 
 
+def training_env(checked: CheckedEnv, args: Args) -> CheckedEnv:
+    """The env that is trained on: below a team spirit of 1 one that pays every agent for itself, where it can.
+
+    Whoever names the argument in --env-kwargs decides.
+    """
+    individual = checked.individual_kwargs or {}
+    decided = individual.keys() & checked.env_kwargs.keys()
+    if args.team_spirit == 1 or decided:
+        return checked
+    return replace(checked, env_kwargs={**checked.env_kwargs, **individual})
+
+
 def count_multiplications(spec: dict, args: Args) -> int:
     """Multiply-adds of all matrix products in one forward of actor and critic, per agent and env step."""
     T, A = 8, spec["num_agents"]
@@ -1643,7 +1727,7 @@ def count_multiplications(spec: dict, args: Args) -> int:
             inputs["z"] = torch.zeros(T, 1, A, actor.num_subgoals)
         state = torch.zeros(T, 1, *spec["state_shape"])
         total = count_multiply_adds(lambda: actor(**actor_inputs(inputs)))
-        total += count_multiply_adds(lambda: critic(state))
+        total += count_multiply_adds(lambda: critic(state, inputs["obs"]))
     return total // (T * A)
 
 
@@ -1705,7 +1789,7 @@ def start_from(
     checkpoint = load_checkpoint(args.init_from, CHECKPOINT_FORMAT)
     if checkpoint["spec"] != spec:
         raise UsageError(f"--init-from {args.init_from} is of env {checkpoint['spec']}, here it is {spec}")
-    saved = with_form_sizes(restore_args(Args, checkpoint["args"], args.init_from))
+    saved = with_form_sizes(saved_args(checkpoint, args.init_from))
     differ = [name for name in ARCHITECTURE if getattr(saved, name) != getattr(args, name)]
     if differ:
         given = ", ".join(f"{name} {getattr(args, name)} (it has {getattr(saved, name)})" for name in differ)
@@ -1974,7 +2058,8 @@ def main(args: Args) -> Path:
 
     # ---- envs
     env_seed = resolved.seed + rank * N
-    envs = make_vec_env(checked, N, device, env_seed, resolved.backend, resolved.num_env_procs)
+    trained_on = training_env(checked, resolved)
+    envs = make_vec_env(trained_on, N, device, env_seed, resolved.backend, resolved.num_env_procs)
     spec, A = env_spec(envs), envs.num_agents
     partners = Partners(resolved.partners, envs, make_policy)
     learners = torch.arange(A, device=device) < partners.first_seat  # [A]
@@ -2046,7 +2131,7 @@ def main(args: Args) -> Path:
         episode_sums = torch.zeros(2 + A, device=device)  # see finished_episodes
         for t in range(T):
             actions, dists, z, next_memory = act(actor, step, starts, memory)
-            values = state_values(critic, value_norm, step.state)
+            values = state_values(critic, value_norm, step.state, step.obs)
             actions = partners.play(step, actions)
             record(rollout, t, T, obs=step.obs, state=step.state)
             record(rollout, t, T, action_mask=step.action_mask, active=step.active, starts=starts)
@@ -2060,7 +2145,7 @@ def main(args: Args) -> Path:
             # episode's first. (Asking whether there is one is free on a CPU and would stall an accelerator.)
             cut_values = torch.zeros_like(values)
             if device.type != "cpu" or step.truncations.any():
-                cut_values = state_values(critic, value_norm, step.final_state)
+                cut_values = state_values(critic, value_norm, step.final_state, step.final_obs)
             ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
             record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)
             record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
@@ -2070,11 +2155,12 @@ def main(args: Args) -> Path:
         # -- advantages
         rollout["learns"] = rollout["active"] & learners
         weights = rollout["learns"].float()
-        last_values = state_values(critic, value_norm, step.state).unsqueeze(0)  # [1, N, A]
+        last_values = state_values(critic, value_norm, step.state, step.obs).unsqueeze(0)  # [1, N, A]
         next_values = torch.cat([rollout["values"][1:], last_values])  # [T, N, A]
         over = rollout["episode_over"].unsqueeze(-1)  # [T, N, 1]
         next_values = torch.where(over, rollout["cut_values"], next_values)
-        transitions = rollout["rewards"], rollout["values"], next_values, rollout["terminations"], rollout["ended"]
+        rewards = shared_rewards(rollout["rewards"], rollout["learns"], resolved.team_spirit)  # [T, N, A]
+        transitions = rewards, rollout["values"], next_values, rollout["terminations"], rollout["ended"]
         advantages, returns = compute_gae(*transitions, resolved.gamma, resolved.gae_lambda)
         returns_mean, returns_var = mean_var(returns, weights)
         _, error_var = mean_var(returns - rollout["values"], weights)

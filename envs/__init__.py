@@ -444,6 +444,15 @@ def _batched_twin(env_id: str) -> Callable[..., VecEnv] | None:
     return functools.partial(make, **game.preset_options(name))
 
 
+def individual_kwargs(env_id: str) -> dict[str, Any] | None:
+    """Arguments with which an env (a resolved id) pays every agent for itself; None: it knows no other way."""
+    from envs import pursuit
+
+    if re.fullmatch(pursuit.ENV_ID, env_id):
+        return pursuit.INDIVIDUAL_KWARGS
+    return None
+
+
 @dataclass(frozen=True)
 class CheckedEnv:
     """What `check_env` found out, for `make_vec_env`: no env has to be made again to know it."""
@@ -452,6 +461,7 @@ class CheckedEnv:
     backend: str  # "pettingzoo" or "batched"
     env_kwargs: dict[str, Any]
     spec: EnvSpec | None  # of the genuine env; None where there is none
+    individual_kwargs: dict[str, Any] | None = None  # see individual_kwargs(env_id)
 
     @property
     def genuine(self) -> bool:
@@ -487,13 +497,14 @@ def _check_genuine(env_id: str, backend: str, env_kwargs: dict[str, Any]) -> Che
     if twin is None and backend == "batched":
         raise UsageError(f"expected an env that has a batched form, got {env_id!r}: use --backend pettingzoo")
     spec = probe_env(env_id, env_kwargs)  # also where the twin trains: evaluation runs on the genuine env
+    individual = individual_kwargs(spec.env_id)
     if twin is None or backend == "pettingzoo":
-        return CheckedEnv(spec.env_id, "pettingzoo", env_kwargs, spec)
+        return CheckedEnv(spec.env_id, "pettingzoo", env_kwargs, spec, individual)
     try:
         twin(num_envs=1, device="cpu", seed=0, **env_kwargs)
     except TypeError as error:
         raise UsageError(f"batched {env_id} cannot be made: {_why(error)}; or use --backend pettingzoo") from error
-    return CheckedEnv(spec.env_id, "batched", env_kwargs, spec)
+    return CheckedEnv(spec.env_id, "batched", env_kwargs, spec, individual)
 
 
 def make_vec_env(

@@ -31,6 +31,7 @@ from envs import EnvStep, ObsSpec, VecEnv
 from runs import UsageError
 
 ENV_ID = r"((sisl/|pettingzoo\.sisl\.)pursuit_v\d+|pursuit)"  # the ids of this game
+INDIVIDUAL_KWARGS = {"shared_reward": False}  # with these everyone is paid for itself; the mean stays the same
 PURSUERS, EVADERS = 1, 2  # channels of observations, state and maps; 0 is the wall
 MOVE_X = (-1, 1, 0, 0, 0)  # of actions 0 ... 4: left, right, up, down, stay
 MOVE_Y = (0, 0, 1, -1, 0)

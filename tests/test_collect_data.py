@@ -115,7 +115,8 @@ def test_values_are_the_critics_and_change_nothing_else(tmp_path, run_dir):
     for name in row_fields(plain.meta):
         np.testing.assert_array_equal(getattr(data, name), getattr(plain, name))
     critic = hyper_mappo.load_critic(run_dir)
-    expected = critic(torch.from_numpy(np.array(data.states))).numpy()
+    states, observations = (torch.from_numpy(np.array(x)) for x in (data.states, data.observations))
+    expected = critic(states, observations).numpy()
     assert data.values.dtype == np.float32 and data.values.shape == expected.shape
     np.testing.assert_allclose(data.values[data.active], expected[data.active], rtol=1e-4, atol=1e-5)
     assert not data.values[~data.active].any() and data.values[data.active].std() > 0

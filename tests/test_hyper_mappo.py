@@ -17,7 +17,8 @@ import torch
 
 import hyper_mappo
 import runs
-from envs import stag_hunt
+from envs import check_env, make_parallel_env, stag_hunt
+from envs.pursuit import PursuitVecEnv
 from hyper_mappo import (
     COLUMNS,
     FORMS,
@@ -379,24 +380,50 @@ def test_gradients_reach_every_parameter(flags, kind):
     assert all(x.isfinite() for x in numbers.values()) and set(numbers) <= set(COLUMNS)
 
 
+@pytest.mark.parametrize("critic_obs", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_hyper_critic_makes_its_weights_from_the_state(form):
+def test_hyper_critic_makes_its_weights_from_the_state(form, critic_obs):
     torch.manual_seed(0)
-    critic = Critic(spec(), Args(**{**TINY, "hyper": form, "hyper_critic": True}))
-    state = torch.randn(6, 7)
+    critic = Critic(spec(), Args(**{**TINY, "hyper": form, "hyper_critic": True, "critic_obs": critic_obs}))
+    state, obs = torch.randn(6, 7), torch.randn(6, 3, 5)
+    inputs = state
+    if critic_obs:
+        inputs = torch.cat([state.unsqueeze(1).expand(-1, 3, -1), obs], dim=-1)  # [6, 3, 7 + 5]
     if form != "full":
-        x = state
+        x = inputs
         for i, layer in enumerate(critic.layers):
             x = layer(x).relu() if i < 2 else layer(x)
-        assert torch.equal(critic(state), x)
+        assert torch.equal(critic(state, obs), x.view(6, 3))
     for p in critic.parameters():
         p.data += 0.3 * torch.randn_like(p)
     weights = materialised_weights(critic, critic.hyper.code(critic.encoder(state).relu()))
-    x = state
+    x = inputs
     for i, weight in enumerate(weights):
+        if critic_obs:
+            weight = weight.unsqueeze(1)  # one for all agents of an env
         x = torch.einsum("...oi,...i->...o", weight, torch.cat([x, torch.ones_like(x[..., :1])], dim=-1))
         x = x.relu() if i < 2 else x
-    torch.testing.assert_close(critic(state), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(critic(state, obs), x.view(6, 3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("agent_id", [False, True])
+def test_critic_is_one_network_of_state_and_own_observation(agent_id):
+    torch.manual_seed(0)
+    critic = Critic(spec(), Args(**TINY, agent_id=agent_id))
+    state, obs = torch.randn(2, 6, 7), torch.randn(2, 6, 3, 5)
+    x = torch.cat([state.unsqueeze(2).expand(-1, -1, 3, -1), obs], dim=-1)  # [2, 6, 3, 7 + 5]
+    if agent_id:
+        x = torch.cat([x, torch.eye(3).expand(2, 6, 3, 3)], dim=-1)
+    for i, layer in enumerate(critic.layers):
+        x = layer(x).relu() if i < 2 else layer(x)
+    values = critic(state, obs)
+    torch.testing.assert_close(values, x.squeeze(-1), rtol=1e-5, atol=1e-6)
+    changed = obs.clone()
+    changed[..., 1, :] += 1.0
+    moved = (critic(state, changed) - values).abs().amax((0, 1)) > 1e-4
+    assert moved.tolist() == [False, True, False]
+    without = Critic(spec(), Args(**TINY, critic_obs=False))
+    assert torch.equal(without(state, obs), without(state, changed)) and without(state, obs).shape == (2, 6, 3)
 
 
 @pytest.mark.parametrize("history", ["none", "gru", "lstm"])
@@ -452,8 +479,10 @@ def test_plain_actor_is_matched_to_a_forms_parameters(form):
 
 def test_counted_multiplications_of_a_plain_actor_by_hand():
     args = Args(**{**TINY, "hyper": "none"})
-    actor, critic = 5 * 16 + 16 * 16 + 16 * 4, 7 * 16 + 16 * 16 + 16 * 3  # the critic runs once for 3 agents
-    assert count_multiplications(spec(), args) == int(actor + critic / 3)
+    actor, own = 5 * 16 + 16 * 16 + 16 * 4, 5 * 16 + 16 * 16 + 16
+    assert count_multiplications(spec(), args) == int(actor + own + 7 * 16 / 3)  # the state's part once for 3 agents
+    critic = 7 * 16 + 16 * 16 + 16 * 3  # all of it once
+    assert count_multiplications(spec(), replace(args, critic_obs=False)) == int(actor + critic / 3)
     assert count_multiplications(spec(), replace(args, hyper="delta")) > 1.5 * actor
 
 
@@ -496,9 +525,10 @@ def test_permuting_agents_permutes_outputs_and_those_who_left_are_not_seen():
     assert (actor(changed, mask, active, starts, hidden)[0][2, 0, 0] - dist[2, 0, 0]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("critic_obs", [True, False])
 @pytest.mark.parametrize("hyper", ["none", "delta"])
-def test_inactive_agents_enter_no_mean(hyper):
-    actor, args = random_actor(hyper=hyper)
+def test_inactive_agents_enter_no_mean(hyper, critic_obs):
+    actor, args = random_actor(hyper=hyper, critic_obs=critic_obs)
     critic = Critic(spec(), args)
     mb = random_minibatch(actor, args)
     loss, numbers = ppo_loss(actor, critic, mb, args)
@@ -600,20 +630,124 @@ def test_first_minibatch_sees_the_policy_that_acted(tmp_path):
         assert float(row["losses/clipfrac"]) == 0.0
 
 
-def test_truncated_episodes_bootstrap_from_their_final_state(tmp_path, monkeypatch):
-    seen = {}
+@pytest.mark.parametrize("critic_obs", [True, False])
+def test_truncated_episodes_bootstrap_from_what_they_came_to(tmp_path, monkeypatch, critic_obs):
+    seen, asked, steps = {}, [], []
+
+    def spy_values(critic, value_norm, state, obs, values=hyper_mappo.state_values):
+        asked.append((state, obs))
+        return values(critic, value_norm, state, obs)
+
+    def spy_step(self, actions, step=PursuitVecEnv.step):
+        steps.append(step(self, actions))
+        return steps[-1]
 
     def spy(rewards, values, next_values, terminations, ended, *rest, gae=compute_gae):
         seen.update(values=values, next_values=next_values, over=ended.all(-1))
         return gae(rewards, values, next_values, terminations, ended, *rest)
 
+    monkeypatch.setattr(hyper_mappo, "state_values", spy_values)
+    monkeypatch.setattr(PursuitVecEnv, "step", spy_step)
     monkeypatch.setattr(hyper_mappo, "compute_gae", spy)
-    run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=16, total_timesteps=64, num_minibatches=1)
+    flags = dict(num_steps=16, total_timesteps=64, num_minibatches=1, critic_obs=critic_obs)
+    run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT, **flags)
+    # After the 13th step, the time limit, the critic is asked once more: about what that step really led to.
+    state, obs = asked[13]
+    assert torch.equal(state, steps[12].final_state) and torch.equal(obs, steps[12].final_obs)
+    assert not torch.equal(state, steps[12].state) and not torch.equal(obs, steps[12].obs)
     over = seen["over"][:-1]
     assert over.any()
     assert torch.equal(seen["next_values"][:-1][~over], seen["values"][1:][~over])
     assert not torch.isclose(seen["next_values"][:-1][over], seen["values"][1:][over]).any()
     assert (seen["next_values"][:-1][over] != 0).all()
+
+
+# ------------------------------------------------------------------------------------------ rewards
+
+
+@pytest.mark.parametrize("team_spirit", [0.0, 0.25, 1.0])
+def test_team_spirit_of_a_hand_made_step(team_spirit):
+    rewards = torch.tensor([[4.0, 1.0, 0.0, 7.0]])
+    learns = torch.tensor([[True, True, False, False]])  # the third has left, the fourth is a partner
+    t = team_spirit
+    expected = torch.tensor([[4.0 * (1 - t) + 2.5 * t, 1.0 * (1 - t) + 2.5 * t, 0.0, 7.0]])
+    torch.testing.assert_close(hyper_mappo.shared_rewards(rewards, learns, t), expected)
+    nobody = torch.zeros_like(learns)
+    assert torch.equal(hyper_mappo.shared_rewards(rewards, nobody, t), rewards)
+
+
+def test_individual_rewards_of_pursuit_have_the_mean_of_shared_ones():
+    """So that what is reported means the same, whatever is trained on: batched and genuine, same actions."""
+    kwargs = {**json.loads(SMALL_PURSUIT), "max_cycles": 60}
+    for seed in range(3):
+        shared = hyper_mappo.make_vec_env("pursuit", 20, "cpu", seed, **kwargs)
+        checked = check_env("pursuit", "auto", kwargs)
+        individual = hyper_mappo.make_vec_env(hyper_mappo.training_env(checked, Args()), 20, "cpu", seed)
+        assert shared.shared_reward and not individual.shared_reward
+        generator = torch.Generator().manual_seed(seed)
+        differ = False
+        for _ in range(60):
+            actions = torch.randint(5, (20, 3), generator=generator)
+            a, b = shared.step(actions), individual.step(actions)
+            torch.testing.assert_close(b.rewards.mean(1), a.rewards.mean(1), rtol=0, atol=1e-6)
+            differ |= not torch.equal(a.rewards, b.rewards)
+        assert differ
+        torch.testing.assert_close(b.episode_returns.mean(1), a.episode_returns.mean(1), rtol=0, atol=1e-5)
+        shared, individual = (make_parallel_env("pursuit", **kwargs, shared_reward=on) for on in (True, False))
+        for env in (shared, individual):
+            env.reset(seed=seed)
+        differ = False
+        for _ in range(60):
+            actions = {agent: int(torch.randint(5, (), generator=generator)) for agent in shared.agents}
+            (_, a, *_), (_, b, *_) = shared.step(actions), individual.step(actions)
+            assert sum(a.values()) / 3 == pytest.approx(sum(b.values()) / 3, abs=1e-6)
+            differ |= a != b
+            if not shared.agents:
+                break
+        assert differ
+
+
+@pytest.mark.parametrize("backend", ["batched", "pettingzoo"])
+def test_training_pays_individually_and_evaluation_as_the_env_does(tmp_path, monkeypatch, backend):
+    made = []
+
+    def spy(checked, *args, make=hyper_mappo.make_vec_env, **kwargs):
+        made.append(make(checked, *args, **kwargs))
+        made[-1].given = checked.env_kwargs
+        return made[-1]
+
+    monkeypatch.setattr(hyper_mappo, "make_vec_env", spy)
+    flags = dict(env_id="pursuit", backend=backend, total_timesteps=32, eval_episodes=1)
+    asked = json.dumps({**json.loads(SMALL_PURSUIT), "shared_reward": True})
+    cases = [
+        ({}, False),
+        ({"team_spirit": 0.5}, False),
+        ({"team_spirit": 1.0}, None),
+        ({"env_kwargs": asked}, True),
+    ]
+    for case, shared in cases:
+        run_dir = run(tmp_path, **{"env_kwargs": SMALL_PURSUIT, **flags, **case})
+        training, evaluation = made[-2:]
+        assert training.given.get("shared_reward") is shared
+        assert evaluation.given.get("shared_reward") in (None, shared or None)
+        assert json.loads((run_dir / "args.json").read_text())["team_spirit"] == case.get("team_spirit", 0.0)
+
+
+def test_a_run_from_before_team_spirit_and_critic_obs_goes_on_as_it_was(tmp_path):
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, critic_obs=False, team_spirit=1.0)
+    whole = run(tmp_path, "whole", total_timesteps=4 * 32, **flags)
+    old = run(tmp_path, "old", total_timesteps=2 * 32, **flags)
+    checkpoint = load_checkpoint(old)
+    for name in ("critic_obs", "team_spirit"):
+        del checkpoint["args"][name]
+    runs.save_checkpoint(checkpoint, old / "latest.pt")
+    assert cli(["--resume", str(old), "--total-timesteps", str(4 * 32)]) == 0
+    assert metrics(old) == metrics(whole)
+    state, obs = torch.rand(2, 8, 8, 3), torch.rand(2, 3, 7, 7, 3)
+    assert load_critic(old)(state, obs).shape == (2, 3)
+
+
+# ------------------------------------------------------------------------------------------ envs
 
 
 ENVS = [
@@ -685,7 +819,7 @@ def test_checkpoint_serves_other_programs(tmp_path):
     for _ in range(15):
         actions, hidden = policy.act(step, hidden)
         step = env.step(actions)
-    assert critic(step.state).shape == (2, 3) and actions.shape == (2, 3)
+    assert critic(step.state, step.obs).shape == (2, 3) and actions.shape == (2, 3)
 
 
 def test_evaluation_is_reproducible_and_only_evaluates(tmp_path, capsys):
@@ -1142,7 +1276,8 @@ def test_a_checkpoint_with_unresolved_args_loads_resumes_and_is_started_from(tmp
     checkpoint = load_checkpoint(run_dir)
     resolved = "backend hyper_basis hyper_rank hyper_learning_rate num_env_procs update_threads".split()
     checkpoint["args"] |= dict.fromkeys(resolved) | {"backend": "auto"}
-    del checkpoint["args"]["agent_id"]  # a flag that came later
+    for name in ("agent_id", "team_spirit"):  # flags that came later
+        del checkpoint["args"][name]
     checkpoint["args"]["long_gone"] = None  # and one that went, unused
     runs.save_checkpoint(checkpoint, run_dir / "latest.pt")
     assert Policy(run_dir).actor.hyper.basis == 16
