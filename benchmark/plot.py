@@ -1,0 +1,242 @@
+"""Tables and pictures of the study, from the rows that benchmark/run.py keeps.
+
+Per member of a suite: the interquartile mean (IQM) of its seeds' evaluations, and the probability that a run of it is
+better than a run of the baseline, both with 95 % bootstrap intervals (Agarwal et al. 2021, arXiv 2108.13264; their
+package rliable does not import beside the versions of requirements.txt, so its formulas stand here). One table per env
+is printed as markdown. The picture has a row per env: return against env steps, and against time on one core.
+
+    python benchmark/plot.py pursuit --baseline none --output docs/img/pursuit_curves.png
+    python benchmark/plot.py pursuit-rewards stag_hunt-8x8-rewards --baseline "spirit 0, own"
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from scipy.stats import trim_mean
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark.run import RESULTS, SUITES, read_rows
+from runs import UsageError, command_line
+
+Array = np.ndarray
+Rows = list[dict[str, str]]  # of a suite's file
+Groups = dict[str, Rows]  # by label
+Curve = dict[str, Array]
+
+RESAMPLES = 2000
+BOOTSTRAP_SEED = 0
+GRID = 100  # points of a curve
+
+
+@dataclass
+class Args:
+    suites: tyro.conf.Positional[tuple[str, ...]]
+    """names of suites, as for benchmark/run.py"""
+    baseline: str | None = None
+    """the label that the others are compared with; None: the suite's first"""
+    labels: tuple[str, ...] = ()
+    """only these members; none: all"""
+    results: Path = RESULTS
+    """folder of the rows and curves"""
+    output: Path | None = None
+    """the picture; None: only the tables"""
+    window: int = 100_000
+    """a point of a curve is the mean over so many env steps before it"""
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def iqm(scores: Array, axis: int = -1) -> Array:
+    """Mean without the lowest and the highest quarter of the runs: with fewer than four, of all."""
+    return trim_mean(scores, 0.25, axis=axis)
+
+
+def improvement(a: Array, b: Array) -> Array:
+    """P(a run of a is better than one of b), draws counted half: [..., n], [..., m] -> [...]"""
+    difference = a[..., :, None] - b[..., None, :]  # [..., n, m]
+    wins = (difference > 0) + 0.5 * (difference == 0)
+    return wins.mean((-2, -1))
+
+
+def resample(scores: Array, rng: np.random.Generator) -> Array:
+    """Bootstrap samples of runs (the first axis): [n, ...] -> [RESAMPLES, n, ...]"""
+    chosen = rng.integers(len(scores), size=(RESAMPLES, len(scores)))
+    return scores[chosen]
+
+
+def interval(statistics: Array) -> tuple[Array, Array]:
+    """The middle 95 % of bootstrapped statistics: [RESAMPLES, ...] -> two of [...]"""
+    low, high = np.percentile(statistics, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def iqm_interval(scores: Array) -> tuple[Array, Array, Array]:
+    """IQM over runs and its interval: [n, ...] -> three of [...]"""
+    samples = resample(scores, np.random.default_rng(BOOTSTRAP_SEED))
+    low, high = interval(iqm(samples, axis=1))
+    return iqm(scores, axis=0), low, high
+
+
+def improvement_interval(a: Array, b: Array) -> tuple[float, float, float]:
+    """P(a better than b) and its interval; both groups of runs are drawn anew."""
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    low, high = interval(improvement(resample(a, rng), resample(b, rng)))
+    return float(improvement(a, b)), float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def column(rows: Rows, name: str) -> Array:
+    return np.array([float(row[name]) for row in rows])
+
+
+def by_label(rows: Rows, order: list[str]) -> Groups:
+    """Rows of each label, in the suite's order; labels without rows are left out."""
+    groups = {label: [row for row in rows if row["label"] == label] for label in order}
+    return {label: members for label, members in groups.items() if members}
+
+
+def table_lines(groups: Groups, baseline: str) -> list[str]:
+    """A markdown table, a line per label."""
+    lines = [
+        "| | seeds | env steps | return: IQM | 95 % interval | worst ... best seed | better than "
+        f"`{baseline}` | CPU time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reference = column(groups[baseline], "mean_return") if baseline in groups else None
+    for label, rows in groups.items():
+        scores = column(rows, "mean_return")
+        mean, low, high = iqm_interval(scores)
+        better = ""
+        if reference is not None and label != baseline:
+            chance, chance_low, chance_high = improvement_interval(scores, reference)
+            better = f"{chance:.2f} ({chance_low:.2f} ... {chance_high:.2f})"
+        spread = f"{scores.min():.2f} ... {scores.max():.2f}"
+        steps = f"{column(rows, 'env_steps').mean() / 1e6:.2f} M"
+        minutes = f"{column(rows, 'cpu_s').mean() / 60:.1f} min"
+        cells = [f"`{label}`", str(len(rows)), steps, f"**{mean:.2f}**", f"{low:.2f} ... {high:.2f}"]
+        lines.append("| " + " | ".join([*cells, spread, better, minutes]) + " |")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+
+def read_curve(results: Path, row: dict[str, str]) -> Curve:
+    """env_steps, return and minutes on one core of a run: its time, times the share of a core that it had."""
+    with open(results / row["curve"], newline="", encoding="utf-8") as file:
+        points = list(csv.DictReader(file))
+    curve = {name: column(points, name) for name in ("env_steps", "wall_s", "return")}
+    share = float(row["cpu_s"]) / float(row["wall_s"])
+    curve["minutes"] = curve["wall_s"] * share / 60
+    return curve
+
+
+def moving_mean(steps: Array, returns: Array, window: int) -> Array:
+    """At each point the mean of the points in the `window` steps up to it."""
+    last = np.arange(1, len(steps) + 1)
+    first = np.searchsorted(steps, steps - window, "right")
+    total = np.append(0.0, returns.cumsum())
+    return (total[last] - total[first]) / (last - first)
+
+
+def common_curve(
+    curves: list[Curve],
+    x: str,
+    window: int,
+) -> tuple[Array, Array]:
+    """The runs' moving means on a grid where all of them have values: -> grid [GRID], returns [runs, GRID]"""
+    first = max(curve[x][0] for curve in curves)
+    last = min(curve[x][-1] for curve in curves)
+    grid = np.linspace(first, last, GRID)
+    lines = []
+    for curve in curves:
+        smooth = moving_mean(curve["env_steps"], curve["return"], window)
+        lines.append(np.interp(grid, curve[x], smooth))
+    return grid, np.stack(lines)
+
+
+def draw(
+    axes: Array,
+    groups: Groups,
+    env_id: str,
+    args: Args,
+) -> None:
+    """Two plots of one env: IQM of the runs with its interval, over env steps and over minutes."""
+    labels = {"env_steps": "env steps (millions)", "minutes": "minutes on one core"}
+    scales = {"env_steps": 1e-6, "minutes": 1.0}
+    for axis, x in zip(axes, labels, strict=True):
+        for label, rows in groups.items():
+            curves = [read_curve(args.results, row) for row in rows]
+            grid, returns = common_curve(curves, x, args.window)
+            mean, low, high = iqm_interval(returns)
+            axis.plot(grid * scales[x], mean, label=f"{label} ({len(rows)})")
+            axis.fill_between(grid * scales[x], low, high, alpha=0.15)
+        axis.set(xlabel=labels[x], ylabel="return per agent, in training", title=env_id)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, title="(seeds)", title_fontsize=7)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def read_groups(args: Args) -> dict[str, Groups]:
+    """Rows by env and label. UsageError: there are none."""
+    rows, order = [], []
+    for suite in args.suites:
+        if suite not in SUITES:
+            raise UsageError(f"unknown suite {suite}: one of {', '.join(SUITES)}")
+        rows += read_rows(args.results, suite)
+        order += [member.label for member in SUITES[suite] if member.label not in order]
+    if args.labels:
+        order = [label for label in order if label in args.labels]
+    groups = {}
+    for env_id in dict.fromkeys(row["env_id"] for row in rows):
+        groups[env_id] = by_label([row for row in rows if row["env_id"] == env_id], order)
+    groups = {env_id: of_env for env_id, of_env in groups.items() if of_env}
+    if not groups:
+        raise UsageError(f"no rows of {', '.join(args.suites)} in {args.results}: run benchmark/run.py first")
+    return groups
+
+
+def main(args: Args) -> None:
+    groups = read_groups(args)
+    for env_id, of_env in groups.items():
+        baseline = args.baseline or next(iter(of_env))
+        print(f"\n{env_id}\n")
+        print("\n".join(table_lines(of_env, baseline)))
+    if args.output is None:
+        return
+    size = (12, 4.2 * len(groups))
+    grid = {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(groups), 2, **grid)
+    for row_of_axes, (env_id, of_env) in zip(axes, groups.items(), strict=True):
+        draw(row_of_axes, of_env, env_id, args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=110)
+    plt.close(figure)
+
+
+LIMITS = {"at least 1": (lambda x: x >= 1, "window")}
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The command line: 0 done, 2 unusable arguments."""
+    return command_line(Args, main, LIMITS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
