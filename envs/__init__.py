@@ -203,7 +203,7 @@ RESERVED = ("num_envs", "device", "seed", "render_mode")  # not for env_kwargs: 
 
 # Games with named presets: module of envs/ -> its batched class. The module has ENV_ID (a pattern), PRESETS,
 # preset_options(name), describe_obs(num_agents, env_kwargs) and parallel_env(preset=name).
-PRESET_GAMES = {"stag_hunt": "StagHuntVecEnv"}
+PRESET_GAMES = {"stag_hunt": "StagHuntVecEnv", "snowdrift": "SnowdriftVecEnv"}
 
 
 class Simulator(NamedTuple):

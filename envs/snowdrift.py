@@ -117,9 +117,6 @@ class SnowdriftParallelEnv(GridParallelEnv):
     batch = SnowdriftVecEnv
 
 
-VEC_ENV = SnowdriftVecEnv
-
-
 def parallel_env(preset: str = "snowdrift", **options: Any) -> SnowdriftParallelEnv:
     """A preset as a PettingZoo ParallelEnv. options: `render_mode` and what replaces values of the preset."""
     all_options = {**preset_options(preset), **options}

@@ -122,9 +122,6 @@ class StagHuntParallelEnv(GridParallelEnv):
     batch = StagHuntVecEnv
 
 
-VEC_ENV = StagHuntVecEnv
-
-
 def parallel_env(preset: str = "stag_hunt", **options: Any) -> StagHuntParallelEnv:
     """A preset as a PettingZoo ParallelEnv. options: `render_mode` and what replaces values of the preset."""
     all_options = {**preset_options(preset), **options}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 
-from envs import snowdrift
+from envs import describe_obs, make_vec_env, snowdrift
 from envs.grid_game import ego_order, sample_actions
 from envs.snowdrift import PRESETS, SCRIPTED, SnowdriftVecEnv, action_probs, parallel_env, preset_options
 from runs import UsageError
@@ -344,6 +344,16 @@ def test_pettingzoo_plays_the_same_game():
             ended += 1
             _, infos = env.reset(seed=ended)
             step = core.reset(ended)
+
+
+def test_it_is_registered():
+    env = make_vec_env("snowdrift-6x6-6d", 3, "cpu", 0, num_blocks=1)
+    assert env.backend == "batched" and env.obs_shape == (6, 6, 6) and env.env_id == "snowdrift-6x6-6d"
+    genuine = make_vec_env("snowdrift", 1, "cpu", 0, backend="pettingzoo")
+    assert genuine.obs_shape == (4, 4, 6) and genuine.env_id == "snowdrift"
+    assert genuine.reset(0).action_mask.shape == (1, 4, 6)
+    meta = {"env_id": "snowdrift-6x6-6d", "env_kwargs": {}, "num_agents": 4}
+    assert describe_obs(meta).names[-1] == "drifts"
 
 
 def test_render_tells_things_apart():
