@@ -45,7 +45,8 @@ class EnvStep:
     terminations    [N, A]      bool, the rules ended this agent's episode at this transition
     truncations     [N]         bool, the time limit was hit at this transition (for agents it did not terminate)
     episode_over    [N]         bool, this env was reset at the end of this step
-    final_obs       [N, A, *O]  the true next observation: before the reset where episode_over, else `obs`
+    final_obs       [N, A, *O]  the true next observation: before the reset where episode_over, and of an agent that
+                                is truncated while others play on its last one; else `obs`
     final_state     [N, *S]     likewise for `state`
     episode_returns [N, A]      float32, undiscounted return; meaningful where episode_over
     episode_lengths [N]         int64, env steps; meaningful where episode_over
@@ -199,6 +200,8 @@ def describe_obs(meta: dict[str, Any]) -> ObsSpec:
 # ---------------------------------------------------------------- names
 ALIASES = {"pursuit": "sisl/pursuit"}  # a registry id without version is its newest one
 BACKENDS = ("auto", "pettingzoo", "batched")
+ENV_TIMEOUT = 60.0  # seconds that a worker process has for a step or reset
+EPISODE_LIMIT = 20_000  # env steps after which an episode is truncated that does not end by itself
 RESERVED = ("num_envs", "device", "seed", "render_mode")  # not for env_kwargs: who makes the env decides
 
 # Games with named presets: module of envs/ -> its batched class. The module has ENV_ID (a pattern), PRESETS,
@@ -514,18 +517,28 @@ def make_vec_env(
     seed: int,
     backend: str = "auto",
     num_env_procs: int = 0,
+    env_timeout: float = ENV_TIMEOUT,
+    episode_limit: int = EPISODE_LIMIT,
     **env_kwargs: Any,
 ) -> VecEnv:
     """N copies of an env, reset with `seed`: its batched twin, or the genuine one through SuperSuit.
 
     env: an id, which is checked, or what `check_env` returned for it: then backend "auto" is the one found out, and
     env_kwargs come on top of those checked (render_mode, say). num_env_procs: worker processes for genuine envs; 0 or
-    1 steps them in this process. Raises UsageError, before any env of the N is made, for num_envs < 1,
-    num_env_procs < 0 and what `check_env` refuses.
+    1 steps them in this process. env_timeout: seconds that a worker has for a step or reset, 0: as long as it takes.
+    episode_limit: env steps after which an episode of a genuine env is truncated, 0: never.
+
+    Raises UsageError, before any env of the N is made, for num_envs < 1, num_env_procs < 0 and what `check_env`
+    refuses. Later, genuine envs raise RunError: an env that raises, that returns what its spaces do not allow, or
+    whose process hangs or dies.
     """
     if num_envs < 1 or num_env_procs < 0:
         raise UsageError(
             f"expected num_envs >= 1 and num_env_procs >= 0, got {num_envs} and {num_env_procs}: change them"
+        )
+    if not (env_timeout >= 0 and episode_limit >= 0):
+        raise UsageError(
+            f"expected env_timeout >= 0 and episode_limit >= 0, got {env_timeout} and {episode_limit}: change them"
         )
     checked = env
     if not isinstance(env, CheckedEnv):
@@ -543,7 +556,16 @@ def make_vec_env(
 
     if not checked.genuine:
         raise UsageError(f"expected an env with a PettingZoo form, got {checked.env_id!r}: use --backend batched")
-    return PettingZooVecEnv(checked.spec, num_envs, device, seed, num_env_procs, **env_kwargs)
+    return PettingZooVecEnv(
+        checked.spec,
+        env_kwargs,
+        num_envs,
+        device,
+        seed,
+        num_env_procs,
+        env_timeout,
+        episode_limit,
+    )
 
 
 def _batched_form(checked: CheckedEnv) -> Callable[..., VecEnv]:
@@ -560,17 +582,17 @@ def make_eval_env(
     seed: int,
     num_env_procs: int = 0,
     render: bool = False,
-    **env_kwargs: Any,
+    **options: Any,
 ) -> VecEnv:
     """What evaluation and videos run on: the genuine env, or the batched one where that is all there is.
 
-    render: `render()` will be called. Otherwise as `make_vec_env`.
+    render: `render()` will be called. options: what else `make_vec_env` takes.
     """
     if not checked.genuine:
-        return make_vec_env(checked, num_envs, device, seed, "batched", **env_kwargs)
+        return make_vec_env(checked, num_envs, device, seed, "batched", **options)
     if render:
-        env_kwargs["render_mode"] = "rgb_array"
-    return make_vec_env(checked, num_envs, device, seed, "pettingzoo", num_env_procs, **env_kwargs)
+        options["render_mode"] = "rgb_array"
+    return make_vec_env(checked, num_envs, device, seed, "pettingzoo", num_env_procs, **options)
 
 
 def num_cpus() -> int:

@@ -3,16 +3,26 @@
 SuperSuit's vectoriser alone loses what the contract needs (docs/envs.md says what), so each genuine env
 sits in a `_SubEnv`, which sends it along in the info of the first agent:
 
-    genuine env -> _SubEnv -> black_death_v3 -> pettingzoo_env_to_vec_env_v1 -> ConcatVecEnv or ProcConcatVec
+    genuine env -> _SubEnv -> black_death_v3 -> pettingzoo_env_to_vec_env_v1 -> ConcatVecEnv or _Workers
+
+What the env returns is checked there too: anything else than its spaces promise ends the run in one line (RunError).
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import math
+import multiprocessing
 import os
 import signal
+import sys
+import threading
+import time
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,20 +30,23 @@ import gymnasium as gym
 import numpy as np
 import supersuit
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from pettingzoo.utils.env import ParallelEnv
 from supersuit.utils.action_transforms.homogenize_ops import (
     check_homogenize_spaces,
-    dehomogenize_actions,
     homogenize_observations,
     homogenize_spaces,
 )
-from supersuit.vector import MakeCPUAsyncConstructor, MarkovVectorEnv, ProcConcatVec
+from supersuit.vector import ConcatVecEnv, MarkovVectorEnv, ProcConcatVec
 from supersuit.vector.multiproc_vec import decompress_info
 from torch import Tensor
 
-from envs import EnvStep, VecEnv, make_parallel_env, resolve_env_id
-from runs import UsageError
+from envs import ENV_TIMEOUT, EPISODE_LIMIT, EnvStep, VecEnv, make_parallel_env, resolve_env_id
+from envs.spaces import MASK, OwnActions, OwnObs, Unfit, own_actions, own_obs
+from runs import RunError, UsageError
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+GRACE = 5.0  # seconds that workers have to close their envs, before they are killed
 
 
 def episode_seed(seed: int, env: int, episode: int, num_envs: int) -> int:
@@ -45,14 +58,17 @@ def episode_seed(seed: int, env: int, episode: int, num_envs: int) -> int:
 # ---------------------------------------------------------------- spaces
 @dataclass
 class EnvSpec:
-    """What a genuine env looks like once its agents are padded to one space; n actions or D dimensions."""
+    """What a genuine env looks like once its agents are padded to one space; n actions, D parts or dimensions."""
 
     env_id: str
     agents: list[str]
+    own_obs: list[OwnObs]
+    own_actions: list[OwnActions]
     obs_space: Box
-    action_space: Discrete | Box
-    action_sizes: np.ndarray  # [A] how many of the n actions (of the D dimensions) are the agent's own
-    action_bounds: np.ndarray | None  # [2, A, D] lowest and highest continuous action
+    action_space: Discrete | MultiDiscrete | Box
+    action_sizes: np.ndarray | None  # [A, D] options of each part that are the agent's own (D = 1 for one index)
+    own_slots: np.ndarray | None  # [A, n of all parts] bool, actions that are the agent's own: the mask of no mask
+    action_bounds: np.ndarray | None  # [2, A, D] lowest and highest real action
     masked: bool  # some action is not always legal
     state_shape: tuple[int, ...] | None  # of env.state(), None where there is none
     state_dtype: np.dtype | None
@@ -66,70 +82,86 @@ def probe_env(env_id: str, env_kwargs: dict[str, Any]) -> EnvSpec:
     agents = list(getattr(env, "possible_agents", []))
     if not agents:
         raise UsageError(f"{env_id}: expected the names of all agents in possible_agents, found none: name them there")
-    obs_spaces = [_flat_space(env.observation_space(agent)) for agent in agents]
+    action_spaces = [env.action_space(agent) for agent in agents]
+    actions = [own_actions(space) for space in action_spaces]
+    if None in actions or len({own.kind for own in actions}) > 1:
+        raise UsageError(
+            f"{env_id}: expected actions Discrete, MultiDiscrete, MultiBinary or Box, of one kind for all agents and "
+            f"with few enough options, got {action_spaces}: choose other spaces"
+        )
+    obs = [_own_obs(env, env_id, agent, own) for agent, own in zip(agents, actions, strict=True)]
+    arrays = [own.array for own in obs]
     try:
-        check_homogenize_spaces(obs_spaces)
+        check_homogenize_spaces(arrays)
     except AssertionError as error:
         raise UsageError(f"{env_id}: the observations of its agents cannot be padded to one shape: {error}") from error
-    action_spaces = [env.action_space(agent) for agent in agents]
-    if all(_is_discrete(space) for space in action_spaces):
-        sizes = np.array([space.n for space in action_spaces])
-        bounds = None
-    elif all(_is_continuous(space) for space in action_spaces):
-        sizes = np.array([space.shape[0] for space in action_spaces])
-        bounds = _action_bounds(action_spaces)
-    else:
-        raise UsageError(f"{env_id}: expected actions Discrete(n) or Box [D] for all agents, got {action_spaces}")
 
-    _, infos = env.reset(seed=0)
-    has_mask = any(_offers_mask(env, agent, infos) for agent in agents)
-    state = _own_state(env, env_id)
-    if state is None:
-        state_shape, state_dtype = None, None
-        state_scale = _byte_scale(obs_spaces[0])
-    else:
-        state_shape, state_dtype = state.shape, state.dtype
-        state_scale = _byte_scale(getattr(env, "state_space", None))
-    env.close()
-    has_padded_actions = sizes.min() < sizes.max()
-    return EnvSpec(
+    infos, state = _first_look(env, env_id)
+    action_space, sizes, slots, bounds = _padded_actions(actions)
+    has_mask = any(own.has_mask for own in obs) or any(MASK in (infos.get(agent) or {}) for agent in agents)
+    if has_mask and sizes is None:
+        raise UsageError(f"{env_id}: expected no {MASK} where actions are real numbers, got one: leave it out")
+    has_state = state is not None
+    spec = EnvSpec(
         env_id=resolve_env_id(env_id),
         agents=agents,
-        obs_space=homogenize_spaces(obs_spaces),
-        action_space=homogenize_spaces(action_spaces),
+        own_obs=obs,
+        own_actions=actions,
+        obs_space=homogenize_spaces(arrays),
+        action_space=action_space,
         action_sizes=sizes,
+        own_slots=slots,
         action_bounds=bounds,
-        masked=bounds is None and (has_mask or has_padded_actions),
-        state_shape=state_shape,
-        state_dtype=state_dtype,
-        obs_scale=_byte_scale(obs_spaces[0]),
-        state_scale=state_scale,
+        masked=has_mask or (slots is not None and not slots.all()),
+        state_shape=state.shape if has_state else None,
+        state_dtype=state.dtype if has_state else None,
+        obs_scale=_byte_scale(arrays[0]),
+        state_scale=_byte_scale(getattr(env, "state_space", None) if has_state else arrays[0]),
     )
+    try:
+        _SubEnv(spec, env).reset(options={"seed": 0})
+    except RunError as error:
+        raise UsageError(str(error)) from error
+    env.close()
+    return spec
 
 
-def _is_discrete(space: gym.Space) -> bool:
-    return isinstance(space, Discrete) and space.start == 0
+def _own_obs(env: ParallelEnv, env_id: str, agent: str, actions: OwnActions) -> OwnObs:
+    try:
+        return own_obs(env.observation_space(agent), actions)
+    except Unfit as error:
+        raise UsageError(f"{env_id}, {agent}: {error}") from error
 
 
-def _is_continuous(space: gym.Space) -> bool:
-    return isinstance(space, Box) and len(space.shape) == 1
+def _first_look(env: ParallelEnv, env_id: str) -> tuple[dict, np.ndarray | None]:
+    """The infos of a reset, which may hold masks, and the state, where there is one."""
+    try:
+        _, infos = env.reset(seed=0)
+    except Exception as error:  # anyone's env
+        raise UsageError(f"{env_id}: its reset(seed=0) raised {_in_one_line(error)}: correct the env") from error
+    return infos if isinstance(infos, dict) else {}, _own_state(env, env_id)
 
 
-def _action_bounds(spaces: list[Box]) -> np.ndarray:
-    """[2, A, D] the lowest and the highest action; padded dimensions are 0"""
-    num_dims = max(space.shape[0] for space in spaces)
-    bounds = np.zeros((2, len(spaces), num_dims), dtype=np.float32)
-    for i, space in enumerate(spaces):
-        own = slice(space.shape[0])
-        bounds[0, i, own] = space.low
-        bounds[1, i, own] = space.high
-    return bounds
+def _padded_actions(own: list[OwnActions]) -> tuple[gym.Space, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """One action space for all agents: -> space, action_sizes, own_slots, action_bounds (as in EnvSpec)
 
-
-def _offers_mask(env: ParallelEnv, agent: str, infos: dict) -> bool:
-    in_obs = _has_mask(env.observation_space(agent))
-    in_infos = "action_mask" in infos.get(agent, {})
-    return in_obs or in_infos
+    Parts that an agent does not have are one option, option 0.
+    """
+    num_parts = max(actions.num_parts for actions in own)
+    if own[0].kind == "real":
+        bounds = np.zeros((2, len(own), num_parts), np.float32)
+        for i, actions in enumerate(own):
+            bounds[:, i, : actions.num_parts] = actions.bounds
+        flat = [gym.spaces.flatten_space(actions.space) for actions in own]
+        return homogenize_spaces(flat), None, None, bounds
+    sizes = np.ones((len(own), num_parts), np.int64)
+    for i, actions in enumerate(own):
+        sizes[i, : actions.num_parts] = actions.options
+    nvec = sizes.max(0)  # [D]
+    option = np.concatenate([np.arange(n) for n in nvec])  # [n of all parts]
+    slots = option < np.repeat(sizes, nvec, axis=1)
+    space = Discrete(int(nvec[0])) if own[0].kind == "one" else MultiDiscrete(nvec)
+    return space, sizes, slots, None
 
 
 def _own_state(env: ParallelEnv, env_id: str) -> np.ndarray | None:
@@ -153,24 +185,9 @@ def _byte_scale(space: gym.Space | None) -> float:
     return 1.0
 
 
-def _has_mask(space: gym.Space) -> bool:
-    return isinstance(space, Dict) and set(space) == {"observation", "action_mask"}
-
-
-def _is_plain(space: gym.Space) -> bool:
-    return isinstance(space, Box) and len(space.shape) > 0
-
-
-def _flat_space(space: gym.Space) -> Box:
-    """An agent's observation as an array, without its mask: anything but arrays is flattened, numbers to one-hot."""
-    if _has_mask(space):
-        space = space["observation"]
-    if _is_plain(space):
-        return space
-    flat = gym.spaces.flatten_space(space)
-    if not isinstance(flat, Box):
-        raise UsageError(f"expected observations of a fixed size, got {space}: choose another kind of observation")
-    return flat
+def _in_one_line(error: BaseException) -> str:
+    """ "ValueError: what it says" """
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 # ---------------------------------------------------------------- one env
@@ -178,11 +195,13 @@ class Record(NamedTuple):
     """What the contract asks for and SuperSuit drops."""
 
     active: np.ndarray  # [A] bool
-    action_mask: np.ndarray | None  # [A, n] bool
+    action_mask: np.ndarray | None  # [A, n of all parts] bool
     state: np.ndarray | None  # [*S]
     terminations: np.ndarray  # [A] bool
     truncation: bool
+    last_obs: dict[int, np.ndarray]  # agent's index -> what it saw last, where it was truncated while others play on
     replaced_actions: dict[int, Any]  # agent's index -> action that the env took instead of the given one
+    limited: bool  # cut off at the limit for episodes that do not end by themselves
 
 
 class _SubEnv(ParallelEnv):
@@ -190,7 +209,7 @@ class _SubEnv(ParallelEnv):
 
     Seeds every episode itself, pads agents to one space, tells when the last agent has gone, and sends a Record in
     the info of the first agent, as "start" after a reset and as "end" after a step (both, where SuperSuit reset the
-    env at the end of the step).
+    env at the end of the step). Raises RunError where the env raises, or returns what its spaces do not allow.
     """
 
     # DEVIATION: not pad_observations_v0 and pad_action_space_v0, which turn a parallel env into an AEC env and back:
@@ -199,22 +218,21 @@ class _SubEnv(ParallelEnv):
     def __init__(
         self,
         spec: EnvSpec,
-        env_kwargs: dict[str, Any],
-        index: int,
-        num_envs: int,
-        trainer_pid: int,
+        env: ParallelEnv,
+        index: int = 0,
+        num_envs: int = 1,
+        episode_limit: int = 0,
     ):
-        if os.getpid() != trainer_pid:
-            # Ctrl-C and a job's SIGTERM reach all processes; the trainer, which saves first, then ends the workers.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.env = make_parallel_env(spec.env_id, **env_kwargs)
-        self.spec = spec
+        self.spec, self.env = spec, env
         self.index, self.num_envs = index, num_envs
+        self.episode_limit = episode_limit
         self.possible_agents = self.agents = spec.agents
-        self.metadata = getattr(self.env, "metadata", {})
-        self.render_mode = env_kwargs.get("render_mode")
-        self.seed = self.episode = 0
+        self.metadata = getattr(env, "metadata", {})
+        self.render_mode = getattr(env, "render_mode", None)
+        self.own_obs = dict(zip(spec.agents, spec.own_obs, strict=True))
+        self.own_actions = dict(zip(spec.agents, spec.own_actions, strict=True))
+        self.nothing = np.zeros(spec.obs_space.shape, spec.obs_space.dtype)  # what an agent sees that is not there
+        self.seed = self.episode = self.steps = 0
 
     def observation_space(self, agent: str) -> Box:
         return self.spec.obs_space
@@ -238,84 +256,196 @@ class _SubEnv(ParallelEnv):
         else:
             self.episode += 1
         own_seed = episode_seed(self.seed, self.index, self.episode, self.num_envs)
-        obs, infos = self.env.reset(seed=own_seed)
-        self.alive = set(self.env.agents)
-        record = self._record(obs, infos, {}, {})
+        self.steps = 0
+        self.showed_mask: set[str] = set()  # agents whose infos held one
+        obs, infos = self._dicts("reset", 2, lambda: self.env.reset(seed=own_seed))
+        self.alive = self._present()
+        if not self.alive:
+            raise self._wrong("agents", Unfit("someone in the list after reset", "an empty list"))
+        seen = {agent: self._array(agent, obs) for agent in self.alive}
+        record = self._record(obs, infos)
         # black_death_v3 fills in for agents that left, not for those that are still to come
-        padded = dict.fromkeys(self.agents, self._nothing())
-        for agent in self.alive:
-            padded[agent] = self._array(agent, obs[agent])
+        padded = {**dict.fromkeys(self.agents, self.nothing), **seen}
         return padded, {self.agents[0]: {"start": record}}
 
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
         acting = [agent for agent in self.agents if agent in self.alive]
-        own_actions = {}
-        for agent in acting:
-            space = self.env.action_space(agent)
-            own_actions[agent] = dehomogenize_actions(space, actions[agent])
-        obs, rewards, terms, truncs, infos = self.env.step(own_actions)
-        terms = {agent: bool(terms.get(agent)) for agent in acting}
-        truncs = {agent: bool(truncs.get(agent)) for agent in acting}
-        left = {agent for agent in acting if terms[agent] or truncs[agent]}
-        self.alive = set(self.env.agents) - left
+        own = {agent: self.own_actions[agent].to_env(actions[agent]) for agent in acting}
+        self.steps += 1
+        obs, rewards, terms, truncs, infos = self._dicts("step", 5, lambda: self.env.step(own))
+        rewards = {agent: self._reward(agent, rewards) for agent in acting}
+        terms = {agent: self._flag(agent, "terminations", terms) for agent in acting}
+        truncs = {agent: self._flag(agent, "truncations", truncs) for agent in acting}
+        limited = self._let_go(acting, terms, truncs)
         over = not self.alive
-        record = self._record(obs, infos, terms, truncs)
-        # Agents that left are zero, but the last observation of an episode is that of all who acted.
-        seeing = acting if over else self.alive
-        obs = {agent: self._array(agent, obs[agent]) for agent in seeing if agent in obs}
-        rewards = {agent: rewards.get(agent, 0.0) for agent in acting}
+        seen = {agent: self._array(agent, obs) for agent in self.alive}
+        last = {}  # what those see who leave
+        for agent in acting:
+            if agent in self.alive:
+                continue
+            # Who is truncated is bootstrapped from its last observation; who is terminated need not have one.
+            bootstrapped = truncs[agent] and not terms[agent]
+            if bootstrapped or (over and agent in obs):
+                last[agent] = self._array(agent, obs)
+        record = self._record(
+            obs,
+            infos,
+            terms,
+            truncs,
+            last_obs={} if over else {self.agents.index(agent): array for agent, array in last.items()},
+            limited=limited,
+        )
         infos = {agent: {} for agent in self.agents}
         infos[self.agents[0]]["end"] = record
         flags = dict.fromkeys(self.agents, over)  # black_death_v3 ends an episode only when both flags are set
-        return obs, rewards, flags, flags, infos
+        # black_death_v3 blanks out who left, but the last observation of an episode is that of all who acted.
+        return last if over else seen, rewards, flags, flags, infos
 
-    def _nothing(self) -> np.ndarray:
-        """What an agent sees that is not there."""
-        space = self.spec.obs_space
-        return np.zeros(space.shape, space.dtype)
+    def _let_go(self, acting: list[str], terms: dict[str, bool], truncs: dict[str, bool]) -> bool:
+        """Who stays after this step: -> whether the episode was cut off here"""
+        left = {agent for agent in acting if terms[agent] or truncs[agent]}
+        self.alive = self._present() - left
+        for agent in acting:
+            if agent not in left and agent not in self.alive:
+                raise self._wrong("flags", Unfit("a termination or truncation of an agent that leaves", "none"), agent)
+        limited = bool(self.alive) and self.steps == self.episode_limit
+        if limited:
+            for agent in self.alive.intersection(acting):
+                truncs[agent] = True
+            self.alive = set()
+        return limited
 
-    def _array(self, agent: str, obs: Any) -> np.ndarray:
-        space = self.env.observation_space(agent)
-        if _has_mask(space):
-            space = space["observation"]
-            obs = obs["observation"]
-        if not _is_plain(space):
-            obs = gym.spaces.flatten(space, obs)
-        # A copy: the env may write its next observation into the same memory, and does when it is reset in this step.
-        obs = np.array(obs, self.spec.obs_space.dtype)
-        return homogenize_observations(self.spec.obs_space, obs)
+    # --- what the env returned, checked
 
-    def _record(self, obs: dict, infos: dict, terms: dict, truncs: dict) -> Record:
-        state = None
-        if self.spec.state_shape is not None:
-            state = np.array(self.env.state())  # a copy, as in _array
-        replaced = {}
-        for i, agent in enumerate(self.agents):
-            action = infos.get(agent, {}).get("executed_action")
-            if action is not None:
-                replaced[i] = action
+    def _dicts(self, name: str, number: int, call: Callable[[], Any]) -> tuple[dict, ...]:
+        try:
+            result = call()
+        except Exception as error:  # anyone's env
+            raise RunError(f"{self._here()}: {name} raised {_in_one_line(error)}") from error
+        if not isinstance(result, tuple) or [isinstance(part, dict) for part in result] != [True] * number:
+            raise self._wrong(name, Unfit(f"{number} dicts by agent", _short(result)))
+        return result
+
+    def _present(self) -> set[str]:
+        present = set(self.env.agents)
+        strange = present.difference(self.agents)
+        if strange:
+            raise self._wrong("agents", Unfit("only possible_agents", ", ".join(map(str, strange))))
+        return present
+
+    def _array(self, agent: str, obs: dict) -> np.ndarray:
+        """[*O], padded"""
+        if agent not in obs:
+            raise self._wrong("observation", Unfit("one", "none"), agent)
+        try:
+            array = self.own_obs[agent].to_array(obs[agent])
+        except Unfit as error:
+            raise self._wrong("observation", error, agent) from None
+        except Exception as error:  # a number where a Dict should be, say
+            given = f"{_short(obs[agent])} ({_in_one_line(error)})"
+            raise self._wrong("observation", Unfit(f"one of {self.own_obs[agent].seen}", given), agent) from error
+        return homogenize_observations(self.spec.obs_space, array)
+
+    def _reward(self, agent: str, rewards: dict) -> float:
+        try:
+            reward = float(rewards[agent])
+        except (KeyError, TypeError, ValueError):
+            raise self._wrong("reward", Unfit("a number", _short(rewards.get(agent))), agent) from None
+        if not math.isfinite(reward):
+            raise self._wrong("reward", Unfit("a finite number", f"{reward}"), agent)
+        return reward
+
+    def _flag(self, agent: str, field: str, flags: dict) -> bool:
+        flag = flags.get(agent)
+        if flag is True or flag is False:
+            return flag
+        if np.ndim(flag) or flag not in (False, True):
+            raise self._wrong(field, Unfit("True or False", _short(flag)), agent)
+        return bool(flag)
+
+    def _state(self) -> np.ndarray | None:
+        if self.spec.state_shape is None:
+            return None
+        try:
+            state = np.array(self.env.state())  # a copy: the env may write its next state into the same memory
+        except Exception as error:  # anyone's env
+            raise RunError(f"{self._here()}: state raised {_in_one_line(error)}") from error
+        if state.shape != self.spec.state_shape:
+            raise self._wrong("state", Unfit(f"shape {self.spec.state_shape}", f"{state.shape}"))
+        if state.dtype.kind not in "biuf" or not np.isfinite(state).all():
+            raise self._wrong("state", Unfit("finite numbers", _short(state[~np.isfinite(state)])))
+        return state
+
+    def _record(
+        self,
+        obs: dict,
+        infos: dict,
+        terms: dict[str, bool] | None = None,
+        truncs: dict[str, bool] | None = None,
+        last_obs: dict[int, np.ndarray] | None = None,
+        limited: bool = False,
+    ) -> Record:
+        terms, truncs = terms or {}, truncs or {}
         return Record(
             active=np.array([agent in self.alive for agent in self.agents]),
             action_mask=self._action_mask(obs, infos),
-            state=state,
+            state=self._state(),
             terminations=np.array([terms.get(agent, False) for agent in self.agents]),
             truncation=any(truncs.values()),
-            replaced_actions=replaced,
+            last_obs=last_obs or {},
+            replaced_actions=self._replaced_actions(infos),
+            limited=limited,
         )
 
-    def _action_mask(self, obs: dict, infos: dict) -> np.ndarray | None:
-        """[A, n]; an agent that is not there has all its own actions"""
-        if not self.spec.masked:
-            return None
-        sizes = self.spec.action_sizes
-        mask = np.arange(self.spec.action_space.n) < sizes[:, None]  # [A, n]
+    def _replaced_actions(self, infos: dict) -> dict[int, Any]:
+        replaced = {}
         for i, agent in enumerate(self.agents):
-            if agent in self.alive:
-                in_obs = _has_mask(self.env.observation_space(agent))
-                source = obs if in_obs else infos
-                own_mask = source.get(agent, {}).get("action_mask", True)
-                mask[i, : sizes[i]] = own_mask
+            info = infos.get(agent)
+            if not info or info.get("executed_action") is None:
+                continue
+            try:
+                action = self.own_actions[agent].from_env(info["executed_action"])
+            except Unfit as error:
+                raise self._wrong("executed_action", error, agent) from None
+            replaced[i] = action
+        return replaced
+
+    def _action_mask(self, obs: dict, infos: dict) -> np.ndarray | None:
+        """[A, n of all parts]; an agent that is not there has all its own actions"""
+        mask = self.spec.own_slots.copy() if self.spec.masked else None
+        for i, agent in enumerate(self.agents):
+            if agent not in self.alive:
+                continue
+            given = self._given_mask(agent, obs, infos)
+            if given is None:
+                continue
+            if mask is None:
+                raise self._wrong(MASK, Unfit("one from the first reset on, or none", "one that came later"), agent)
+            try:
+                own_mask = self.own_actions[agent].mask(given)
+            except Unfit as error:
+                raise self._wrong(MASK, error, agent) from None
+            own_slots = np.flatnonzero(self.spec.own_slots[i])[: len(own_mask)]  # padding parts come last
+            mask[i, own_slots] = own_mask
         return mask
+
+    def _given_mask(self, agent: str, obs: dict, infos: dict) -> Any:
+        if self.own_obs[agent].has_mask:
+            return obs[agent][MASK]
+        info = infos.get(agent)
+        given = info.get(MASK) if info else None
+        if given is not None:
+            self.showed_mask.add(agent)
+        elif agent in self.showed_mask:
+            raise self._wrong(MASK, Unfit("one in every step, as before", "none"), agent)
+        return given
+
+    def _here(self) -> str:
+        return f"{self.spec.env_id}, env {self.index}, step {self.steps}"
+
+    def _wrong(self, field: str, what: Unfit, agent: str | None = None) -> RunError:
+        who = "" if agent is None else f", {agent}"
+        return RunError(f"{self._here()}{who}: {field}: {what}: correct the env")
 
     def render(self) -> np.ndarray:
         return self.env.render()
@@ -324,9 +454,164 @@ class _SubEnv(ParallelEnv):
         self.env.close()
 
 
-def _make_sub_env(*args: Any) -> MarkovVectorEnv:
-    env = supersuit.black_death_v3(_SubEnv(*args))
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _make_sub_env(
+    spec: EnvSpec,
+    env_kwargs: dict[str, Any],
+    index: int,
+    num_envs: int,
+    episode_limit: int,
+) -> MarkovVectorEnv:
+    genuine = make_parallel_env(spec.env_id, **env_kwargs)
+    env = supersuit.black_death_v3(_SubEnv(spec, genuine, index, num_envs, episode_limit))
     return supersuit.pettingzoo_env_to_vec_env_v1(env)
+
+
+# ---------------------------------------------------------------- worker processes
+class _WorkerTraceback(Exception):
+    """Stands for an error of another process: its traceback in words."""
+
+
+class _Workers(ProcConcatVec):
+    """Sub-envs in processes of their own, which never outlive or hang the trainer.
+
+    An answer that does not come within `timeout` seconds (0: wait for ever), a process that died and an error in it
+    are a RunError. Ends its processes in `close`, politely where they still answer.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        make_sub_envs: list[Callable[[], MarkovVectorEnv]],
+        num_procs: int,
+        timeout: float,
+    ):
+        self.env_id = spec.env_id
+        self.pipes, self.procs = [], []
+        self.answering = True
+        self.deadline = None  # none for making the envs: that imports libraries
+        # They die with the thread that started them, so that must not be one that ends early.
+        tied = threading.current_thread() is threading.main_thread()
+        chunks = np.array_split(np.arange(len(make_sub_envs)), num_procs)
+        make_workers = []
+        for chunk in chunks:
+            makes = [make_sub_envs[n] for n in chunk]
+            make_workers.append(functools.partial(_make_in_worker, makes, tied))
+        self.first_envs = [chunk[0] for chunk in chunks]
+        self.last_envs = [chunk[-1] for chunk in chunks]
+        try:
+            total = len(make_sub_envs) * len(spec.agents)
+            super().__init__(make_workers, spec.obs_space, spec.action_space, total, {})
+        except BaseException:
+            self.close()
+            raise
+        self.timeout = timeout
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, list[dict]]:
+        return self._ask([("reset", (seed, options))] * len(self.pipes)), self.infos
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        parts = zip(self.idx_starts[:-1], self.idx_starts[1:], strict=True)
+        obs = self._ask([("step", list(actions[start:end])) for start, end in parts])
+        terminations, truncations = self.shared_terms.np_arr, self.shared_truncs.np_arr
+        return obs, self.shared_rews.np_arr.copy(), terminations.astype(bool), truncations.astype(bool), self.infos
+
+    def _ask(self, messages: list[tuple]) -> np.ndarray:
+        """Sends each worker its message, and waits for all: -> observations; their infos in self.infos"""
+        for worker, message in enumerate(messages):
+            self._send(worker, message)
+        answers = self._receive_info()
+        self.infos = decompress_info(self.num_envs, self.idx_starts, answers)
+        return self.observations_buffers.copy()
+
+    def render(self) -> Any:
+        self._send(0, "render")
+        self._start_clock()
+        return self._answer(0)
+
+    def _send(self, worker: int, message: Any) -> None:
+        try:
+            self.pipes[worker].send(message)
+        except OSError as error:
+            raise self._dead(worker) from error
+
+    def _start_clock(self) -> None:
+        self.deadline = time.monotonic() + self.timeout if self.timeout else None
+
+    def _receive_info(self) -> list[Any]:
+        """An answer of each worker."""
+        if hasattr(self, "timeout"):
+            self._start_clock()
+        return [self._answer(worker) for worker in range(len(self.pipes))]
+
+    def _answer(self, worker: int) -> Any:
+        pipe = self.pipes[worker]
+        seconds = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            if not pipe.poll(seconds):
+                self.answering = False
+                raise RunError(
+                    f"{self._where(worker)} gave no answer within {self.timeout:g} seconds: "
+                    "correct the env, or give it more time with --env-timeout"
+                )
+            answer = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._dead(worker) from error
+        if isinstance(answer, tuple):
+            error, text = answer
+            raise error from _WorkerTraceback(f"in a worker process:\n{text}")
+        return answer
+
+    def _where(self, worker: int) -> str:
+        first, last = self.first_envs[worker], self.last_envs[worker]
+        which = f"env {first}" if first == last else f"one of envs {first} to {last}"
+        return f"{self.env_id}, {which}: its worker process"
+
+    def _dead(self, worker: int) -> RunError:
+        self.answering = False
+        self.procs[worker].join(1.0)
+        code = self.procs[worker].exitcode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"signal {-code}" + ", as when memory runs out" * (code == -9)
+        return RunError(f"{self._where(worker)} died ({how})")
+
+    def close(self) -> None:
+        """Asks the workers to close their envs and end; kills who has not done so in GRACE seconds."""
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                if self.answering:
+                    pipe.send("close")
+                pipe.send("terminate")
+        deadline = time.monotonic() + (GRACE if self.answering else 0.0)
+        for proc in self.procs:
+            proc.join(max(0.0, deadline - time.monotonic()))
+        for proc in self.procs:
+            if proc.is_alive():
+                proc.kill()
+                proc.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.pipes, self.procs = [], []
+
+
+def _make_in_worker(make_sub_envs: list[Callable[[], MarkovVectorEnv]], tied: bool) -> ConcatVecEnv:
+    # Ctrl-C and a job's SIGTERM reach all processes; the trainer, which saves first, then ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if tied and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also where it is stopped or hangs
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+    return ConcatVecEnv(make_sub_envs)
+
+
+def _end_with_the_trainer() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # ---------------------------------------------------------------- N envs
@@ -342,11 +627,13 @@ class PettingZooVecEnv(VecEnv):
     def __init__(
         self,
         spec: EnvSpec,
+        env_kwargs: dict[str, Any],
         num_envs: int,
         device: torch.device | str,
         seed: int,
         num_env_procs: int = 0,
-        **env_kwargs: Any,
+        env_timeout: float = ENV_TIMEOUT,
+        episode_limit: int = EPISODE_LIMIT,
     ):
         """spec: from probe_env(env_id, env_kwargs)"""
         self.spec = spec
@@ -366,14 +653,19 @@ class PettingZooVecEnv(VecEnv):
         else:
             self.state_shape = spec.state_shape
             self.state_dtype = _torch_dtype(spec.state_dtype)
+        self.episode_limit = episode_limit
+        self._said_limited = False
         self._can_render = env_kwargs.get("render_mode") == "rgb_array"
         # What concat_vec_envs_v1 does with copies of one env; here each is made where it runs, and knows its index.
         make_sub_envs = []
         for index in range(num_envs):
-            make = functools.partial(_make_sub_env, spec, env_kwargs, index, num_envs, os.getpid())
+            make = functools.partial(_make_sub_env, spec, env_kwargs, index, num_envs, episode_limit)
             make_sub_envs.append(make)
-        make_venv = MakeCPUAsyncConstructor(min(num_env_procs, num_envs))
-        self._venv = make_venv(make_sub_envs, spec.obs_space, spec.action_space)
+        num_procs = min(num_env_procs, num_envs)
+        if num_procs > 1:
+            self._venv = _Workers(spec, make_sub_envs, num_procs, env_timeout)
+        else:
+            self._venv = ConcatVecEnv(make_sub_envs)
         # SuperSuit's workers are not daemons: a program that fails before close() would wait for them for ever.
         self._close = weakref.finalize(self, self._venv.close)
         self.reset(seed)
@@ -382,8 +674,6 @@ class PettingZooVecEnv(VecEnv):
         """Starts N new episodes; the same seed gives the same ones. None goes on with the next seeds of each env."""
         options = None if seed is None else {"seed": seed}
         obs, infos = self._venv.reset(options=options)
-        if isinstance(self._venv, ProcConcatVec):
-            infos = decompress_info(self._venv.num_envs, self._venv.idx_starts, infos)
         self._returns = torch.zeros(self.num_envs, self.num_agents)
         self._lengths = torch.zeros(self.num_envs, dtype=torch.int64)
         no_rewards = np.zeros((self.num_envs, self.num_agents), np.float32)
@@ -404,39 +694,45 @@ class PettingZooVecEnv(VecEnv):
 
     def _checked(self, actions: Tensor) -> np.ndarray:
         """Actions as the envs can take them: indices in range, or finite numbers clipped to their bounds."""
-        dtype = torch.int64 if isinstance(self.action_space, Discrete) else torch.float32
+        is_real = isinstance(self.action_space, Box)
+        dtype = torch.float32 if is_real else torch.int64
         shape = (self.num_envs, self.num_agents, *self.action_space.shape)
         if actions.shape != shape or actions.dtype != dtype:
             raise ValueError(
                 f"expected actions {list(shape)} {dtype}, got {list(actions.shape)} {actions.dtype}: reshape or convert"
             )
         actions = actions.detach().cpu().numpy()
-        if isinstance(self.action_space, Box):
+        if is_real:
             if not np.isfinite(actions[self._active]).all():
                 raise ValueError("expected finite actions, got NaN or infinity: look at the policy's outputs")
             low, high = self.spec.action_bounds
             return np.clip(actions, low, high)
-        wrong = (actions < 0) | (actions >= self.spec.action_sizes)  # [N, A]
-        wrong &= self._active
+        sizes = self.spec.action_sizes  # [A, D]
+        parts = actions.reshape(self.num_envs, *sizes.shape)  # [N, A, D]
+        wrong = (parts < 0) | (parts >= sizes)
+        wrong &= self._active[..., None]
         if wrong.any():
-            n, a = np.argwhere(wrong)[0]
+            n, a, d = np.argwhere(wrong)[0]
+            which = "action" if isinstance(self.action_space, Discrete) else f"action part {d}"
             raise ValueError(
-                f"expected an action of {self.agents[a]} in 0 ... {self.spec.action_sizes[a] - 1}, "
-                f"got {actions[n, a]} in env {n}: use action_mask"
+                f"expected an {which} of {self.agents[a]} in 0 ... {sizes[a, d] - 1}, "
+                f"got {parts[n, a, d]} in env {n}: use action_mask"
             )
         return actions
 
     def _executed(self, given: np.ndarray, infos: list[dict]) -> Tensor | None:
         """Actions as the envs carried them out, where that is not as given: [N, A] or [N, A, D]"""
-        if isinstance(self.action_space, Box):
-            return torch.from_numpy(given).to(self.device)
         records = [info["end"] for info in infos[:: self.num_agents]]  # [N]
-        if not any(record.replaced_actions for record in records):
+        replaced = any(record.replaced_actions for record in records)
+        if not replaced and not isinstance(self.action_space, Box):
             return None
         executed = given.copy()
         for n, record in enumerate(records):
             for a, action in record.replaced_actions.items():
-                executed[n, a] = action
+                if isinstance(self.action_space, Discrete):
+                    executed[n, a] = action[0]
+                else:
+                    executed[n, a, : len(action)] = action
         return torch.from_numpy(executed).to(self.device)
 
     def _env_step(
@@ -450,6 +746,7 @@ class PettingZooVecEnv(VecEnv):
         sent = infos[:: self.num_agents]  # [N * A] -> [N]: what the _SubEnvs sent
         starts = [info.get("start", info.get("end")) for info in sent]
         ends = [info.get("end", info.get("start")) for info in sent]
+        self._say_limited(ends)
         self._active = np.stack([start.active for start in starts])  # [N, A]
         action_mask = None
         if self.spec.masked:
@@ -464,7 +761,7 @@ class PettingZooVecEnv(VecEnv):
 
         obs = self._tensor(obs, self.obs_dtype)
         obs = obs.reshape(self.num_envs, self.num_agents, *self.obs_shape)
-        final_obs = self._final_obs(obs, infos, over)
+        final_obs = self._final_obs(obs, infos, over, ends)
         if self.spec.state_shape is None:
             state = _joined(obs)
             final_state = _joined(final_obs)
@@ -488,9 +785,10 @@ class PettingZooVecEnv(VecEnv):
             episode_lengths=episode_lengths.to(self.device),
         )
 
-    def _final_obs(self, obs: Tensor, infos: list[dict], over: np.ndarray) -> Tensor:
+    def _final_obs(self, obs: Tensor, infos: list[dict], over: np.ndarray, ends: list[Record]) -> Tensor:
         """obs [N, A, *O], infos [N * A], over [N] -> [N, A, *O]"""
-        if not over.any():
+        cut = [n for n, end in enumerate(ends) if end.last_obs]
+        if not over.any() and not cut:
             return obs
         final_obs = obs.clone()
         for n in np.flatnonzero(over):
@@ -498,7 +796,20 @@ class PettingZooVecEnv(VecEnv):
             of_env = infos[first : first + self.num_agents]
             last = [info["terminal_observation"] for info in of_env]
             final_obs[n] = self._stack(last, self.obs_dtype)
+        for n in cut:
+            for a, last_obs in ends[n].last_obs.items():
+                final_obs[n, a] = self._tensor(last_obs, self.obs_dtype)
         return final_obs
+
+    def _say_limited(self, ends: list[Record]) -> None:
+        if self._said_limited or not any(end.limited for end in ends):
+            return
+        self._said_limited = True
+        print(
+            f"{self.env_id}: an episode did not end by itself in {self.episode_limit} steps and is truncated there "
+            "(--episode-limit)",
+            file=sys.stderr,
+        )
 
     def _stack(self, arrays: list, dtype: torch.dtype) -> Tensor:
         return self._tensor(np.stack(arrays), dtype)
@@ -509,8 +820,10 @@ class PettingZooVecEnv(VecEnv):
     def render(self) -> np.ndarray:
         if not self._can_render:
             raise ValueError("expected render_mode='rgb_array', got an env made without: give it to make_vec_env")
-        picture = self._venv.render()
-        return np.asarray(picture, dtype=np.uint8)
+        picture = np.asarray(self._venv.render())
+        if picture.ndim != 3 or picture.dtype.kind not in "iu":
+            raise RunError(f"{self.env_id}: expected a picture [height, width, 3] of render(), got {_short(picture)}")
+        return picture.astype(np.uint8)
 
     def close(self) -> None:
         self._close()

@@ -1,7 +1,13 @@
 """The env contract on genuine PettingZoo envs: each is stepped by hand beside the vectorised one."""
 
+import inspect
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import gymnasium as gym
@@ -24,7 +30,7 @@ from envs import (
     resolve_env_id,
 )
 from envs.pettingzoo_vec import PettingZooVecEnv, episode_seed
-from runs import UsageError
+from runs import RunError, UsageError
 
 SMALL_PURSUIT = dict(x_size=8, y_size=8, n_pursuers=3, n_evaders=3, obs_range=5)
 ZOMBIES = dict(spawn_delay=1, max_zombies=40)  # agents die after about 100 steps
@@ -212,9 +218,13 @@ def check_contract(env: VecEnv, num_steps: int, masked: bool) -> None:
         if t > 0:
             assert not step.rewards[~was_active].any()
             assert not step.terminations[~was_active].any()
-            assert torch.equal(step.final_obs[~step.episode_over], step.obs[~step.episode_over])
-            assert torch.equal(step.final_state[~step.episode_over], step.state[~step.episode_over])
             stays = ~step.episode_over[:, None]
+            truncated_alone = was_active & ~step.active & ~step.terminations & stays
+            same = stays & ~truncated_alone
+            assert torch.equal(step.final_obs[same], step.obs[same])
+            assert step.final_obs[truncated_alone].flatten(1).any(1).all()
+            same_state = ~step.episode_over & ~truncated_alone.any(1)
+            assert torch.equal(step.final_state[same_state], step.state[same_state])
             assert not (step.active & step.terminations & stays).any()
         was_active, num_over = step.active, num_over + step.episode_over.sum()
     assert num_over > 0
@@ -467,8 +477,13 @@ def test_agents_that_die_stay_out_until_the_episode_ends():
 def test_leaving_arriving_and_being_truncated_alone():
     env = make_vec_env(TOY, 1, "cpu", 0)
     step, table = env.reset(0), []
-    for _ in range(8):
+    number = step.obs[0, 0, 1].item()
+    for t in range(8):
         step = env.step(torch.tensor([[2, 0, 1]]))
+        if t == 5:  # c's next observation is the last it saw, though it has gone
+            assert step.final_obs[0].tolist() == [[0] * 4, [6, number, 6, 6], [6, number, 6, 0]]
+            assert step.final_state[0].tolist() == step.final_obs[0].flatten().tolist()
+            assert step.obs[0].tolist() == [[0] * 4, [6, number, 6, 6], [0] * 4]
         flags = step.active, step.rewards, step.terminations, step.truncations, step.episode_over
         table.append([value[0].tolist() for value in flags])
     T, F = True, False
@@ -482,7 +497,6 @@ def test_leaving_arriving_and_being_truncated_alone():
         [[F, T, F], [0, 1, 0], [F, F, F], F, F],
         [[T, T, F], [0, 1, 0], [F, F, F], T, T],  # b's time limit ends the episode; the next has begun
     ]
-    number = step.final_obs[0, 1, 1].item()
     assert step.final_obs[0].tolist() == [[0] * 4, [8, number, 8, 8], [0] * 4]
     assert step.final_state[0].tolist() == [0] * 4 + [8, number, 8, 8] + [0] * 4
     assert step.episode_returns.tolist() == [[12, 8, 8]] and step.episode_lengths.tolist() == [8]
@@ -605,8 +619,7 @@ BAD = [
     (("butterfly/pistonball_v6",), {"pistons": 3}, "n_pistons"),
     (("butterfly/knights_archers_zombies_v11",), {"obs_method": "vector-sequence"}, "fixed size"),
     (("butterfly/knights_archers_zombies_v11",), {"obs_method": "pixels"}, "pixels"),
-    ((PLAIN,), {"action": gym.spaces.MultiBinary(3)}, "Discrete"),
-    ((PLAIN,), {"action": gym.spaces.Discrete(3, start=1)}, "Discrete"),
+    ((PLAIN,), {"action": gym.spaces.Text(3)}, "Discrete"),
 ]
 
 
@@ -726,3 +739,410 @@ def test_spawned_processes_and_an_end_without_close(tmp_path):
     env = make_vec_env("mpe2.simple_spread_v3", 3, "cpu", 0)
     env.reset(4)
     assert float(result.stdout.split()[-1]) == env.step(torch.ones(3, 3, dtype=torch.int64)).obs.sum().item()
+
+
+# ---------------------------------------------------------------- spaces
+MULTI = gym.spaces.MultiDiscrete([2, 3], start=[0, 5])
+INTEGERS = gym.spaces.Box(np.array([-1, 2]), np.array([1, 3]), dtype=np.int64)
+
+
+class Spaces(ParallelEnv):
+    """Two agents, whose action spaces may differ, and episodes of two steps. Keeps the actions that it was given."""
+
+    metadata = {"name": "spaces"}
+    possible_agents = ["x", "y"]
+    given: list = []
+
+    def __init__(self, x, y=None, obs=None, infos=None):
+        self.spaces = {"x": x, "y": y or x}
+        self.obs_space, self.infos = obs or gym.spaces.Box(-9, 9, (2,), np.float32), infos or {}
+
+    def observation_space(self, agent):
+        return self.obs_space
+
+    def action_space(self, agent):
+        return self.spaces[agent]
+
+    def reset(self, seed=None, options=None):
+        self.agents, self.t = list(self.possible_agents), 0
+        return dict.fromkeys(self.agents, self.observe()), dict.fromkeys(self.agents, self.infos)
+
+    def observe(self):
+        return self.obs_space.sample()
+
+    def step(self, actions):
+        every = self.agents
+        assert all(self.spaces[agent].contains(actions[agent]) for agent in every), actions
+        Spaces.given.append(actions)
+        self.t += 1
+        over = dict.fromkeys(every, self.t == 2)
+        if self.t == 2:
+            self.agents = []
+        obs = dict.fromkeys(every, self.observe())
+        return obs, dict.fromkeys(every, 0.0), dict.fromkeys(every, False), over, dict.fromkeys(every, self.infos)
+
+
+SPACES = f"{__name__}:Spaces"
+
+# spaces of x and y, the space of the contract, actions of x and y in it, and what their env gets
+ACTIONS = {
+    "offset": (gym.spaces.Discrete(3, start=1), None, gym.spaces.Discrete(3), [0, 2], [1, 3]),
+    "offsets": (
+        gym.spaces.Discrete(3, start=-1),
+        gym.spaces.Discrete(2),
+        gym.spaces.Discrete(3),
+        [2, 1],
+        [1, 1],
+    ),
+    "parts": (MULTI, None, gym.spaces.MultiDiscrete([2, 3]), [[1, 0], [0, 2]], [[1, 5], [0, 7]]),
+    "unlike parts": (
+        MULTI,
+        gym.spaces.MultiDiscrete([4]),
+        gym.spaces.MultiDiscrete([4, 3]),
+        [[1, 2], [3, 0]],
+        [[1, 7], [3]],
+    ),
+    "parts in rows": (
+        gym.spaces.MultiDiscrete([[2, 3], [4, 5]]),
+        None,
+        gym.spaces.MultiDiscrete([2, 3, 4, 5]),
+        [[1, 2, 3, 4], [0, 0, 0, 0]],
+        [[[1, 2], [3, 4]], [[0, 0], [0, 0]]],
+    ),
+    "bits": (gym.spaces.MultiBinary(2), None, gym.spaces.MultiDiscrete([2, 2]), [[1, 0], [1, 1]], [[1, 0], [1, 1]]),
+    "integers": (INTEGERS, None, gym.spaces.MultiDiscrete([3, 2]), [[0, 0], [2, 1]], [[-1, 2], [1, 3]]),
+}
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+@pytest.mark.parametrize("num_env_procs", [0, 2])
+def test_actions_of_every_kind(name, num_env_procs):
+    if num_env_procs and name not in ("offset", "unlike parts"):
+        pytest.skip("processes are started for a few of them only")
+    x, y, space, actions, given = ACTIONS[name]
+    env = make_vec_env(SPACES, 2, "cpu", 0, num_env_procs=num_env_procs, x=x, y=y)
+    assert env.action_space == space
+    actions = torch.tensor([actions] * 2)
+    assert actions.shape == (2, 2, *space.shape)
+    Spaces.given.clear()
+    step = env.step(actions)
+    assert not step.episode_over.any() and env.step(actions).episode_over.all()
+    if not num_env_procs:  # else they are given in another process, where the env asserts that they are of its space
+        for got in Spaces.given:
+            assert [np.asarray(got[agent]).tolist() for agent in "xy"] == given
+        assert len(Spaces.given) == 4
+    env.close()
+
+
+def test_parts_that_an_agent_does_not_have_are_masked_out():
+    env = make_vec_env(SPACES, 1, "cpu", 0, x=MULTI, y=gym.spaces.MultiDiscrete([4]))
+    mask = env.reset(0).action_mask[0]  # [A, 4 + 3]: y has no second part, which is option 0 then
+    assert mask.int().tolist() == [[1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]
+    for actions, message in [
+        ([[[2, 0], [0, 0]]], "action part 0 of x in 0 ... 1, got 2"),
+        ([[[0, 0], [0, 1]]], "action part 1 of y in 0 ... 0, got 1"),
+        ([[0, 0]], r"\[1, 2, 2\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            env.step(torch.tensor(actions))
+    same = make_vec_env(SPACES, 1, "cpu", 0, x=MULTI)
+    assert same.reset(0).action_mask is None
+
+
+@pytest.mark.parametrize("mask", [[0, 1, 1, 0, 1], (np.array([0, 1]), np.array([1, 0, 1]))])
+def test_masks_of_parts(mask):
+    env = make_vec_env(SPACES, 1, "cpu", 0, x=MULTI, infos={"action_mask": mask})
+    assert env.reset(0).action_mask[0].int().tolist() == [[0, 1, 1, 0, 1]] * 2
+
+
+def test_executed_parts_are_reported_as_the_contract_counts_them():
+    env = make_vec_env(SPACES, 1, "cpu", 0, x=MULTI, infos={"executed_action": np.array([1, 7])})
+    step = env.step(torch.zeros(1, 2, 2, dtype=torch.int64))
+    assert step.executed_actions.tolist() == [[[1, 2], [1, 2]]]
+    env = make_vec_env(SPACES, 1, "cpu", 0, x=gym.spaces.Discrete(3, start=4), infos={"executed_action": 6})
+    assert env.step(torch.zeros(1, 2, dtype=torch.int64)).executed_actions.tolist() == [[2, 2]]
+
+
+def masked_dict(**parts):
+    return gym.spaces.Dict({**parts, "action_mask": gym.spaces.Box(0, 1, (3,), np.int8)})
+
+
+class ThirdIsIllegal(Spaces):
+    """Its Dict observation says that action 2 is illegal."""
+
+    def observe(self):
+        return {**self.obs_space.sample(), "action_mask": np.array([1, 1, 0], np.int8)}
+
+
+@pytest.mark.parametrize(
+    "parts, size",
+    [
+        (dict(observation=gym.spaces.Box(0, 1, (4,), np.float32)), 4),
+        (dict(observations=gym.spaces.Box(0, 1, (4,), np.float32)), 4),
+        (dict(board=gym.spaces.Box(0, 1, (2, 2), np.float32), phase=gym.spaces.Discrete(3)), 7),
+    ],
+)
+def test_the_mask_of_any_dict_is_applied_and_is_no_observation(parts, size):
+    env_id = f"{__name__}:ThirdIsIllegal"
+    env = make_vec_env(env_id, 2, "cpu", 0, x=gym.spaces.Discrete(3), obs=masked_dict(**parts))
+    for step in (env.reset(0), env.step(torch.ones(2, 2, dtype=torch.int64))):
+        assert env.obs_shape == (size,) and step.obs.shape == (2, 2, size)
+        assert step.action_mask.int().tolist() == [[[1, 1, 0]] * 2] * 2
+
+
+BAD_SPACES = [
+    (dict(x=gym.spaces.Discrete(4), obs=masked_dict(seen=gym.spaces.Discrete(2))), "each of 4 actions"),
+    (dict(x=gym.spaces.Box(0, 1, (3,)), obs=masked_dict(seen=gym.spaces.Discrete(2))), "each of no actions"),
+    (dict(x=gym.spaces.Discrete(3), obs=masked_dict()), "beside action_mask"),
+    (dict(x=gym.spaces.Box(0, 1, (3,)), infos={"action_mask": [1, 1, 1]}), "no action_mask where actions are real"),
+    (dict(x=gym.spaces.Discrete(3), infos={"action_mask": [0, 0, 0]}), "x: action_mask: expected a legal action"),
+    (dict(x=gym.spaces.Discrete(3), infos={"action_mask": [1, 1]}), "expected 3 numbers, got 2"),
+    (dict(x=gym.spaces.Discrete(2), infos={"action_mask": [1, 7]}), "expected 0 or 1, got 7"),
+    (dict(x=MULTI, infos={"action_mask": [1, 1, 0, 0, 0]}), "a part without any"),
+    (dict(x=gym.spaces.Box(-(2**62), 2**62, (1,), np.int64)), "few enough options"),
+    (dict(x=gym.spaces.Discrete(10**7)), "few enough options"),
+    (dict(x=gym.spaces.Discrete(2), y=gym.spaces.MultiBinary(1)), "of one kind for all agents"),
+    (dict(x=gym.spaces.Text(3)), "MultiDiscrete"),
+]
+
+
+@pytest.mark.parametrize("env_kwargs, message", BAD_SPACES)
+def test_spaces_that_cannot_be_used_are_one_line(env_kwargs, message):
+    with pytest.raises(UsageError) as error:
+        check_env(SPACES, env_kwargs=env_kwargs)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- envs that misbehave
+class Faulty(Spaces):
+    """Two agents, endless episodes. In its fifth step it does what `fault` says, to agent y alone where it can."""
+
+    def __init__(self, fault=None, obs=None, masks=False, action=None):
+        super().__init__(action or gym.spaces.Discrete(2), obs=obs)
+        self.fault, self.infos = fault, {"action_mask": np.ones(2)} if masks else {}
+
+    def reset(self, seed=None, options=None):
+        self.count = 0
+        return super().reset(seed)
+
+    def observe(self):
+        return np.zeros(self.obs_space.shape, self.obs_space.dtype)
+
+    def state(self):
+        if self.count == 5 and self.fault == "state raises":
+            raise KeyError("nothing")
+        return np.full(3, np.inf if self.count == 5 and self.fault == "state infinite" else 0.0)
+
+    def step(self, actions):
+        self.count += 1
+        every = self.possible_agents
+        flags = [dict.fromkeys(every, False) for _ in range(2)]
+        result = [
+            dict.fromkeys(every, self.observe()),
+            dict.fromkeys(every, 1.0),
+            *flags,
+            dict.fromkeys(every, self.infos),
+        ]
+        if self.count == 5 and self.fault in FAULTS:
+            return FAULTS[self.fault][0](self, result) or tuple(result)
+        return tuple(result)
+
+
+def change(part, value):
+    """What y gets instead; the parts of a step: 0 observation, 1 reward, 2 and 3 flags, 4 info."""
+    return lambda env, result: result[part].update(y=value)
+
+
+def leave_out(part):
+    return lambda env, result: result[part].pop("y") is None
+
+
+def fail(error):
+    def raise_it(env, result):
+        raise error
+
+    return raise_it
+
+
+def sleep(env, result):
+    time.sleep(60)
+
+
+def die(env, result):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(env, result):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+FAULTS = {  # what it does -> (how, what the line says)
+    "short obs": (change(0, np.zeros(1, np.float32)), r"y: observation: expected shape \(2,\), got \(1,\)"),
+    "no obs": (leave_out(0), "y: observation: expected one, got none"),
+    "nan obs": (change(0, np.array([0, np.nan], np.float32)), "y: observation: expected finite numbers, got nan"),
+    "text obs": (change(0, np.array(["a", "b"])), "y: observation: expected numbers of float32, got <U1"),
+    "ragged obs": (change(0, [[1], [2, 3]]), r"y: observation: expected an array of shape \(2,\)"),
+    "no reward": (leave_out(1), "y: reward: expected a number, got None"),
+    "nan reward": (change(1, float("nan")), "y: reward: expected a finite number, got nan"),
+    "two rewards": (change(1, [1.0, 2.0]), "y: reward: expected a number"),
+    "no termination": (leave_out(2), "y: terminations: expected True or False, got None"),
+    "no truncation": (leave_out(3), "y: truncations: expected True or False, got None"),
+    "flag of 2": (change(3, 2), "y: truncations: expected True or False, got 2"),
+    "leaves": (lambda env, result: env.agents.remove("y"), "y: flags: expected a termination or truncation"),
+    "stranger": (lambda env, result: env.agents.append("z"), "agents: expected only possible_agents, got z"),
+    "four parts": (lambda env, result: tuple(result[:4]), "step: expected 5 dicts by agent"),
+    "cut, unseen": (
+        lambda env, result: [result[3].update(y=True), result[0].pop("y")] and None,
+        "y: observation: expected one, got none",
+    ),
+    "mask": (change(4, {"action_mask": [0, 0]}), "y: action_mask: expected a legal action, got none"),
+    "mask gone": (change(4, {}), "y: action_mask: expected one in every step"),
+    "executed": (change(4, {"executed_action": 7}), "y: executed_action: expected one of Discrete"),
+    "raises": (fail(ZeroDivisionError("by\nnothing")), "step raised ZeroDivisionError: by nothing"),
+    "raises its own": (fail(type("Own", (Exception,), {})("what it says")), "step raised Own: what it says"),
+    "hangs": (sleep, r"its worker process gave no answer within 1 seconds: .*--env-timeout"),
+    "is stopped": (stop, r"its worker process gave no answer within 1 seconds"),
+    "dies": (die, r"env 0: its worker process died \(signal 9"),
+}
+FAULTY = f"{__name__}:Faulty"
+
+
+def run_into_fault(num_env_procs=0, **env_kwargs) -> RunError:
+    env = make_vec_env(FAULTY, 2, "cpu", 0, num_env_procs=num_env_procs, env_timeout=1.0, **env_kwargs)
+    procs = list(getattr(env._venv, "procs", []))
+    with pytest.raises(RunError) as error:
+        for _ in range(5):
+            env.step(torch.zeros(2, 2, dtype=torch.int64))
+    assert env._lengths.tolist() == [4, 4]  # not before the fifth step
+    start = time.monotonic()
+    env.close()
+    assert time.monotonic() - start < envs.pettingzoo_vec.GRACE + 5
+    assert not any(proc.is_alive() for proc in procs)
+    return error.value
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in ("hangs", "is stopped", "dies")])
+def test_what_an_env_returns_is_checked(fault):
+    error = run_into_fault(fault=fault, masks=fault.startswith("mask"))
+    assert re.search(FAULTS[fault][1], str(error)) and "\n" not in str(error)
+    assert str(error).startswith(f"{FAULTY}, env 0, step 5")
+
+
+def test_an_env_that_does_nothing_wrong_goes_on():
+    for masks in (False, True):
+        env = make_vec_env(FAULTY, 2, "cpu", 0, masks=masks)
+        steps = [env.step(torch.zeros(2, 2, dtype=torch.int64)) for _ in range(7)]
+        assert steps[-1].episode_returns.tolist() == [[7, 7]] * 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are not stopped by signals here")
+@pytest.mark.parametrize("fault", ["hangs", "is stopped", "dies", "raises its own", "nan obs"])
+def test_a_worker_in_trouble_ends_the_run_in_one_line_and_is_gone(fault):
+    error = run_into_fault(num_env_procs=2, fault=fault)
+    assert re.search(FAULTS[fault][1], str(error)) and "\n" not in str(error)
+
+
+def test_the_traceback_of_the_env_is_kept_for_the_log():
+    for num_env_procs in (0, 2):
+        cause = run_into_fault(num_env_procs, fault="raises").__cause__
+        text = "".join(traceback.format_exception(cause))
+        assert "raise_it" in text and "ZeroDivisionError: by" in text
+
+
+@pytest.mark.parametrize("fault, message", [("state raises", "state raised KeyError"), ("state infinite", "got array")])
+def test_the_state_is_checked(fault, message):
+    assert message in str(run_into_fault(fault=fault))
+
+
+@pytest.mark.parametrize(
+    "dtype, value, message",
+    [
+        (np.uint8, [0.7, 0], "uint8 numbers .* got float64 0.7"),
+        (np.uint8, [-1, 0], "uint8 numbers .* got int64 -1"),
+        (np.int8, [300, 0], "got int64 300"),
+        (np.int32, [float("nan"), 0], "got float64 nan"),
+        (np.float32, [1e300, 0], "finite numbers, got inf"),
+    ],
+)
+def test_numbers_that_would_be_cut_to_fit_their_space_are_refused(monkeypatch, dtype, value, message):
+    monkeypatch.setitem(FAULTS, "cut", (change(0, np.array(value)), ""))
+    space = gym.spaces.Box(0, 9, (2,), dtype)
+    error = str(run_into_fault(fault="cut", obs=space))
+    assert re.search(f"y: observation: expected .*{message}", error)
+
+
+def test_whole_numbers_may_come_as_floats(monkeypatch):
+    monkeypatch.setitem(FAULTS, "floats", (change(0, np.array([3.0, 255.0])), ""))
+    env = make_vec_env(FAULTY, 1, "cpu", 0, fault="floats", obs=gym.spaces.Box(0, 255, (2,), np.uint8))
+    steps = [env.step(torch.zeros(1, 2, dtype=torch.int64)) for _ in range(5)]
+    assert steps[-1].obs[0, 1].tolist() == [3, 255]
+
+
+def test_an_env_that_fails_at_once_is_a_usage_error():
+    with pytest.raises(UsageError, match=r"reset\(seed=0\) raised RuntimeError: not today"):
+        check_env(f"{__name__}:FailsAtOnce", env_kwargs={"x": gym.spaces.Discrete(2)})
+
+
+class FailsAtOnce(Spaces):
+    def reset(self, seed=None, options=None):
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize("num_env_procs", [0, 2])
+def test_an_episode_that_never_ends_is_truncated_and_said(num_env_procs, capsys):
+    env = make_vec_env(FAULTY, 2, "cpu", 0, num_env_procs=num_env_procs, episode_limit=3)
+    steps = [env.step(torch.zeros(2, 2, dtype=torch.int64)) for _ in range(6)]
+    over = [step.episode_over.tolist() for step in steps]
+    assert over == [[False] * 2, [False] * 2, [True] * 2] * 2
+    last = steps[-1]
+    assert last.truncations.all() and not last.terminations.any() and last.active.all()
+    assert last.episode_lengths.tolist() == [3, 3] and last.episode_returns.tolist() == [[3, 3]] * 2
+    said = capsys.readouterr().err
+    assert said.count("did not end by itself in 3 steps") == 1 and "--episode-limit" in said
+    env.close()
+
+
+ORPHANS = """
+import os, signal, sys, torch
+from envs import make_vec_env
+env = make_vec_env("test_envs:Faulty", 2, "cpu", 0, num_env_procs=2, fault="hangs")
+print(*[proc.pid for proc in env._venv.procs], flush=True)
+for _ in range(4):
+    env.step(torch.zeros(2, 2, dtype=torch.int64))
+env._venv._send(0, ("step", torch.zeros(2, dtype=torch.int64).numpy()))  # one hangs, one waits
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_no_worker_survives_a_killed_trainer():
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(here)])
+    result = subprocess.run(
+        [sys.executable, "-c", ORPHANS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    pids = [int(pid) for pid in result.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # a zombie has ended
+
+
+@pytest.mark.parametrize("env_id", ["pursuit", "stag_hunt", TOY])
+def test_reset_takes_no_seed_everywhere(env_id):
+    parameter = inspect.signature(make_vec_env(env_id, 1, "cpu", 0).reset).parameters["seed"]
+    assert parameter.default is None and parameter.annotation == "int | None"
