@@ -262,7 +262,7 @@ class _SubEnv(ParallelEnv):
         self.alive = self._present()
         if not self.alive:
             raise self._wrong("agents", Unfit("someone in the list after reset", "an empty list"))
-        seen = {agent: self._array(agent, obs) for agent in self.alive}
+        seen = {agent: self._array(agent, obs) for agent in self.agents if agent in self.alive}
         record = self._record(obs, infos)
         # black_death_v3 fills in for agents that left, not for those that are still to come
         padded = {**dict.fromkeys(self.agents, self.nothing), **seen}
@@ -278,7 +278,7 @@ class _SubEnv(ParallelEnv):
         truncs = {agent: self._flag(agent, "truncations", truncs) for agent in acting}
         limited = self._let_go(acting, terms, truncs)
         over = not self.alive
-        seen = {agent: self._array(agent, obs) for agent in self.alive}
+        seen = {agent: self._array(agent, obs) for agent in self.agents if agent in self.alive}
         last = {}  # what those see who leave
         for agent in acting:
             if agent in self.alive:
