@@ -158,7 +158,9 @@ class Args:
     target_kl: float | None = None
     """skip the update's remaining epochs once approx_kl passes this; None: never"""
     hidden_size: int = 128
-    """width of the two hidden layers of actor and critic"""
+    """width of the actor's two hidden layers"""
+    critic_hidden_size: int | None = None
+    """width of the critic's two hidden layers; None: hidden_size"""
     agent_id: bool = False
     """append a one-hot agent id to what the actor sees, and the critic with --critic-obs"""
     critic_obs: bool = True
@@ -223,7 +225,7 @@ LIMITS = {
     "at least 1": (
         lambda x: x >= 1,
         "num_threads update_threads num_envs num_steps num_minibatches chunk_length update_epochs hidden_size "
-        "context_size context_heads hyper_basis target_sync_interval save_every total_timesteps",
+        "critic_hidden_size context_size context_heads hyper_basis target_sync_interval save_every total_timesteps",
     ),
     "at least 0": (
         lambda x: x >= 0,
@@ -235,8 +237,8 @@ LIMITS = {
 }
 # What a run's weights depend on: --resume and --init-from refuse to change these.
 ARCHITECTURE = (
-    "hidden_size agent_id critic_obs value_norm hyper hyper_context actor_context share_delta history context_size "
-    "context_heads hyper_basis hyper_rank hyper_critic match_params subgoals"
+    "hidden_size critic_hidden_size agent_id critic_obs value_norm hyper hyper_context actor_context share_delta "
+    "history context_size context_heads hyper_basis hyper_rank hyper_critic match_params subgoals"
 ).split()
 # What its episodes in flight depend on, too.
 EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_steps partners".split()
@@ -932,7 +934,7 @@ class Critic(nn.Module):
             self.num_ids = spec["num_agents"] if args.agent_id else 0
             inputs += self.obs_trunk.num_features + self.num_ids
             outputs = 1
-        H = args.hidden_size
+        H = args.critic_hidden_size or args.hidden_size
         gains = [math.sqrt(2), math.sqrt(2), 1.0]
         self.layers = make_layers([inputs, H, H, outputs], gains)
         self.hyper = None
@@ -964,7 +966,7 @@ class Critic(nn.Module):
         state_weight, own_weight = first.weight.split([features.shape[-1], own.shape[-1]], dim=1)
         from_state = F.linear(features, state_weight, first.bias)  # [B, H]
         x = F.linear(own, own_weight) + from_state.unsqueeze(1)  # [B, A, H]
-        x = x.flatten(0, 1).relu_()
+        x = x.relu_().flatten(0, 1)  # (relu_ before flatten: in place on a view it would cost three copies)
         return generated_mlp(x, later, None, None).view(*lead, A)
 
     def own_features(self, obs: Tensor) -> Tensor:

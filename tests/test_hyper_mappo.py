@@ -481,6 +481,8 @@ def test_counted_multiplications_of_a_plain_actor_by_hand():
     args = Args(**{**TINY, "hyper": "none"})
     actor, own = 5 * 16 + 16 * 16 + 16 * 4, 5 * 16 + 16 * 16 + 16
     assert count_multiplications(spec(), args) == int(actor + own + 7 * 16 / 3)  # the state's part once for 3 agents
+    narrow = 5 * 8 + 8 * 8 + 8
+    assert count_multiplications(spec(), replace(args, critic_hidden_size=8)) == int(actor + narrow + 7 * 8 / 3)
     critic = 7 * 16 + 16 * 16 + 16 * 3  # all of it once
     assert count_multiplications(spec(), replace(args, critic_obs=False)) == int(actor + critic / 3)
     assert count_multiplications(spec(), replace(args, hyper="delta")) > 1.5 * actor
