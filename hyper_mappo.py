@@ -133,12 +133,12 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int | None = None
-    """minibatches per epoch; None: 8 batched, 4 genuine"""
+    """minibatches per epoch; None: 32 batched, 4 genuine, or what divides the rollout"""
     chunk_length: int = 1
     """with a context, training sequences are this many consecutive steps (truncated backpropagation through time); must
     divide num_steps. Longer ones learn longer memories, but their samples are alike: see the docs"""
-    update_epochs: int = 4
-    """passes over each rollout"""
+    update_epochs: int | None = None
+    """passes over each rollout; None: 1 batched, 4 genuine (where env steps are dear)"""
     norm_adv: bool = True
     """normalise advantages over the rollout's active samples"""
     clip_coef: float = 0.2
@@ -1596,11 +1596,14 @@ def env_procs(args: Args) -> int:
 def resolve(args: Args, backend: str, device: torch.device, world_size: int) -> Args:
     """The arguments with what None and "auto" stand for, so that they alone repeat the run: see args.json."""
     batched = backend == "batched"
-    num_envs, num_minibatches = args.num_envs, args.num_minibatches
+    num_envs, num_minibatches, update_epochs = args.num_envs, args.num_minibatches, args.update_epochs
     if num_envs is None:
         num_envs = 128 if batched else 8
     if num_minibatches is None:
-        num_minibatches = 8 if batched else 4
+        sequences, _ = sequences_of_a_process(args, num_envs, world_size)
+        num_minibatches = math.gcd(32 if batched else 4, sequences)
+    if update_epochs is None:
+        update_epochs = 1 if batched else 4
     update_threads = args.update_threads
     if update_threads is None:
         alone_on_cpu = device.type == "cpu" and world_size == 1
@@ -1616,6 +1619,7 @@ def resolve(args: Args, backend: str, device: torch.device, world_size: int) -> 
         backend=backend,
         num_envs=num_envs,
         num_minibatches=num_minibatches,
+        update_epochs=update_epochs,
         team_spirit=team_spirit,
         num_env_procs=env_procs(args),
         num_threads=num_threads,
@@ -1636,6 +1640,15 @@ def with_form_sizes(args: Args) -> Args:
     return replace(args, hyper_basis=basis, hyper_rank=rank)
 
 
+def sequences_of_a_process(args: Args, num_envs: int, world_size: int) -> tuple[int, str]:
+    """How many training sequences a process' rollout has, and what they are."""
+    env_steps = num_envs * args.num_steps // world_size
+    has_context = args.hyper != "none" or args.actor_context
+    if has_context and (args.hyper_context != "agent-id" or args.subgoals):
+        return env_steps // args.chunk_length, f"sequences of {args.chunk_length} steps"
+    return env_steps, "env steps of a rollout"
+
+
 def check_sizes(args: Args, world_size: int) -> None:
     """UsageError where envs, steps and minibatches do not fit each other."""
     num_envs, num_steps = args.num_envs, args.num_steps
@@ -1649,12 +1662,7 @@ def check_sizes(args: Args, world_size: int) -> None:
         )
     if num_steps % args.chunk_length:
         raise UsageError(f"--chunk-length {args.chunk_length} does not divide --num-steps {num_steps}")
-    has_context = args.hyper != "none" or args.actor_context
-    sequential = has_context and (args.hyper_context != "agent-id" or args.subgoals)
-    what, length = "env steps of a rollout", 1
-    if sequential:
-        what, length = f"sequences of {args.chunk_length} steps", args.chunk_length
-    sequences = batch_size // length // world_size
+    sequences, what = sequences_of_a_process(args, num_envs, world_size)
     if sequences % args.num_minibatches:
         given = f"--num-minibatches {args.num_minibatches}"
         raise UsageError(f"{given} does not divide the {sequences} {what} of a process")
@@ -1662,7 +1670,7 @@ def check_sizes(args: Args, world_size: int) -> None:
 
 def saved_args(checkpoint: dict, run_dir: str | Path) -> Args:
     """The Args of a checkpoint. A flag that is younger than it stands as it was before there was a choice."""
-    as_before = {"critic_obs": False, "team_spirit": 0.0}
+    as_before = {"critic_obs": False, "team_spirit": 0.0, "update_epochs": 4}
     if individual_kwargs(checkpoint["spec"]["env_id"]):
         as_before["team_spirit"] = 1.0  # the env paid everyone the mean
     return restore_args(Args, {**as_before, **checkpoint["args"]}, run_dir)
