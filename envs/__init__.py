@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import gymnasium as gym
 import torch
 
-from runs import UsageError
+from runs import RunError, UsageError
 
 if TYPE_CHECKING:
     from envs.pettingzoo_vec import EnvSpec
@@ -593,6 +593,19 @@ def make_eval_env(
     if render:
         options["render_mode"] = "rgb_array"
     return make_vec_env(checked, num_envs, device, seed, "pettingzoo", num_env_procs, **options)
+
+
+def check_picture(checked: CheckedEnv) -> None:
+    """UsageError where the env that evaluation runs on gives no picture: found out by making one and looking."""
+    env = None
+    try:
+        env = make_eval_env(checked, 1, "cpu", 0, render=True)
+        env.render()
+    except (UsageError, RunError, NotImplementedError) as error:
+        raise UsageError(f"{checked.env_id} gives no pictures ({error}): leave out --capture-video") from error
+    finally:
+        if env is not None:
+            env.close()
 
 
 def num_cpus() -> int:

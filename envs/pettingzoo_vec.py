@@ -447,8 +447,11 @@ class _SubEnv(ParallelEnv):
         who = "" if agent is None else f", {agent}"
         return RunError(f"{self._here()}{who}: {field}: {what}: correct the env")
 
-    def render(self) -> np.ndarray:
-        return self.env.render()
+    def render(self) -> Any:
+        try:
+            return self.env.render()
+        except Exception as error:  # anyone's env
+            raise RunError(f"{self._here()}: render raised {_in_one_line(error)}") from error
 
     def close(self) -> None:
         self.env.close()
@@ -493,7 +496,7 @@ class _Workers(ProcConcatVec):
         self.env_id = spec.env_id
         self.pipes, self.procs = [], []
         self.answering = True
-        self.deadline = None  # none for making the envs: that imports libraries
+        self.timeout = 0.0  # for making the envs, which imports libraries
         # They die with the thread that started them, so that must not be one that ends early.
         tied = threading.current_thread() is threading.main_thread()
         chunks = np.array_split(np.arange(len(make_sub_envs)), num_procs)
@@ -544,8 +547,7 @@ class _Workers(ProcConcatVec):
 
     def _receive_info(self) -> list[Any]:
         """An answer of each worker."""
-        if hasattr(self, "timeout"):
-            self._start_clock()
+        self._start_clock()
         return [self._answer(worker) for worker in range(len(self.pipes))]
 
     def _answer(self, worker: int) -> Any:
@@ -655,6 +657,7 @@ class PettingZooVecEnv(VecEnv):
             self.state_dtype = _torch_dtype(spec.state_dtype)
         self.episode_limit = episode_limit
         self._said_limited = False
+        self._picture_shape = None
         self._can_render = env_kwargs.get("render_mode") == "rgb_array"
         # What concat_vec_envs_v1 does with copies of one env; here each is made where it runs, and knows its index.
         make_sub_envs = []
@@ -821,8 +824,12 @@ class PettingZooVecEnv(VecEnv):
         if not self._can_render:
             raise ValueError("expected render_mode='rgb_array', got an env made without: give it to make_vec_env")
         picture = np.asarray(self._venv.render())
-        if picture.ndim != 3 or picture.dtype.kind not in "iu":
-            raise RunError(f"{self.env_id}: expected a picture [height, width, 3] of render(), got {_short(picture)}")
+        is_picture = picture.ndim == 3 and picture.dtype.kind in "iu"
+        if not is_picture:
+            raise RunError(f"{self.env_id}: render: expected numbers [height, width, 3], got {_short(picture)}")
+        if self._picture_shape not in (None, picture.shape):
+            raise RunError(f"{self.env_id}: render: expected {self._picture_shape} as before, got {picture.shape}")
+        self._picture_shape = picture.shape
         return picture.astype(np.uint8)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """The env contract on genuine PettingZoo envs: each is stepped by hand beside the vectorised one."""
 
+import importlib
 import inspect
 import os
 import re
@@ -22,6 +23,7 @@ from envs import (
     EnvStep,
     VecEnv,
     check_env,
+    check_picture,
     default_env_procs,
     describe_obs,
     make_eval_env,
@@ -34,7 +36,7 @@ from runs import RunError, UsageError
 
 SMALL_PURSUIT = dict(x_size=8, y_size=8, n_pursuers=3, n_evaders=3, obs_range=5)
 ZOMBIES = dict(spawn_delay=1, max_zombies=40)  # agents die after about 100 steps
-TOY, PLAIN = f"{__name__}:Toy", f"{__name__}:Plain"
+TOY, PLAIN, SPACES = (f"{__name__}:{name}" for name in ("Toy", "Plain", "Spaces"))
 
 # env id, arguments, steps to take: at least one episode ends in each, if not by itself then by max_cycles
 ENVS = {
@@ -352,6 +354,75 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch):
     assert torch.equal(met, torch.stack([step.terminations.all(1) for step in steps]))
 
 
+class Duel(gym.Env):
+    """A tuple env: two agents count up together, and the game is over at 5. It calls its time limit done."""
+
+    def __init__(self, max_steps):
+        self.max_steps = max_steps
+        self.observation_space = gym.spaces.Tuple([gym.spaces.Box(0, 99, (1,), np.float32)] * 2)
+        self.action_space = gym.spaces.Tuple([gym.spaces.Discrete(2)] * 2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.count = 0, int(self.np_random.integers(2))
+        return self.observe(), {}
+
+    def observe(self):
+        return tuple(np.array([self.count], np.float32) for _ in range(2))
+
+    def step(self, actions):
+        self.t += 1
+        self.count += sum(actions)
+        return self.observe(), list(actions), self.count >= 5 or self.t >= self.max_steps, False, {}
+
+
+@pytest.fixture
+def tuple_env(tmp_path, monkeypatch):
+    (tmp_path / "tuple_env.py").write_text(example_of_the_docs("Tuple envs"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tuple_env", raising=False)
+    return importlib.import_module("tuple_env")
+
+
+def test_the_tuple_example_of_the_docs(tuple_env):
+    """The game's end is a termination, its time limit a truncation, and both at once a termination."""
+    gym.register("Duel-v0", entry_point=f"{__name__}:Duel", kwargs={"max_steps": 3})
+    kwargs = dict(package=__name__, game="Duel-v0", limit_name="max_steps", limit=6)
+    env = make_vec_env("tuple_env:TupleEnv", 2, "cpu", 0, **kwargs)
+    ways = {  # actions -> in how many steps the game ends from 1, from 0; 0: at the time limit
+        (1, 1): (2, 3),
+        (1, 0): (4, 5),
+        (0, 0): (0, 0),
+    }
+    for actions, lengths in ways.items():
+        for start, length in zip((1, 0), lengths, strict=True):
+            step = env.reset(next(s for s in range(99) if env.reset(s).obs[0, 0, 0] == start))
+            assert step.obs[0].flatten().tolist() == [start, start]
+            for t in range(length or 6):
+                step = env.step(torch.tensor([actions] * 2))
+                assert step.rewards[0].tolist() == list(actions)
+                assert step.episode_over[0] == (t + 1 == (length or 6))
+            assert step.terminations[0].tolist() == [length > 0] * 2 and step.truncations[0] == (length == 0)
+            assert step.final_obs[0, 0, 0] == start + sum(actions) * (length or 6)
+    env = make_vec_env("tuple_env:TupleEnv", 1, "cpu", 0, **{**kwargs, "limit": 5})
+    env.reset(next(s for s in range(99) if env.reset(s).obs[0, 0, 0] == 0))
+    steps = [env.step(torch.tensor([[1, 0]])) for _ in range(5)]  # at 5 in the last step that there is time for
+    assert steps[-1].terminations.all() and not steps[-1].truncations.any() and not steps[-2].episode_over.any()
+
+
+@pytest.mark.parametrize("package, factory, limit", [("lbforaging", "foraging", 50), ("rware", "warehouse", 500)])
+def test_tuple_envs_of_others(tuple_env, package, factory, limit):
+    pytest.importorskip(package)
+    env = make_vec_env(f"tuple_env:{factory}", 2, "cpu", 0)
+    step = env.reset(1)
+    for _ in range(limit):
+        assert not step.episode_over.any()
+        step = env.step(torch.zeros(2, 2, dtype=torch.int64))  # nobody does anything
+    assert step.truncations.all() and not step.terminations.any() and step.episode_lengths.tolist() == [limit] * 2
+    again = make_vec_env(f"tuple_env:{factory}", 2, "cpu", 1)
+    assert torch.equal(make_vec_env(f"tuple_env:{factory}", 2, "cpu", 1).reset().obs, again.reset().obs)
+
+
 def line_walk(num_envs: int, **kwargs) -> VecEnv:
     """The batched env that docs/envs.md shows how to write."""
     names = {}
@@ -560,6 +631,44 @@ def test_render():
         frame = env.render()
         assert frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8 and frame.std() > 0
         env.close()
+
+
+class Pictures(Plain):
+    """Its pictures are what `shapes` says, one after the other; None is no picture at all."""
+
+    def __init__(self, shapes, render_mode=None):
+        super().__init__()
+        self.shapes, self.render_mode = list(shapes), render_mode
+
+    def render(self):
+        shape = self.shapes.pop(0)
+        if shape == "raises":
+            raise OSError("no display")
+        return None if shape is None else np.zeros(shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "env_id, env_kwargs, message",
+    [
+        (SPACES, {"x": gym.spaces.Discrete(2)}, "it has no argument 'render_mode'"),
+        (f"{__name__}:Pictures", {"shapes": [None]}, r"render: expected numbers \[height, width, 3\], got array\(None"),
+        (f"{__name__}:Pictures", {"shapes": ["raises"]}, "render raised OSError: no display"),
+    ],
+)
+def test_envs_without_pictures_are_found_before_training(env_id, env_kwargs, message):
+    checked = check_env(env_id, env_kwargs=env_kwargs)
+    with pytest.raises(UsageError, match=f"gives no pictures .*{message}.*leave out --capture-video"):
+        check_picture(checked)
+    check_picture(check_env("stag_hunt"))
+
+
+def test_pictures_of_changing_size_are_one_line():
+    env = make_vec_env(
+        f"{__name__}:Pictures", 1, "cpu", 0, shapes=[(4, 4, 3), (4, 4, 3), (5, 4, 3)], render_mode="rgb_array"
+    )
+    assert env.render().shape == env.render().shape == (4, 4, 3)
+    with pytest.raises(RunError, match=r"expected \(4, 4, 3\) as before, got \(5, 4, 3\)"):
+        env.render()
 
 
 def test_names():
@@ -781,8 +890,6 @@ class Spaces(ParallelEnv):
         obs = dict.fromkeys(every, self.observe())
         return obs, dict.fromkeys(every, 0.0), dict.fromkeys(every, False), over, dict.fromkeys(every, self.infos)
 
-
-SPACES = f"{__name__}:Spaces"
 
 # spaces of x and y, the space of the contract, actions of x and y in it, and what their env gets
 ACTIONS = {
