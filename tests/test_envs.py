@@ -30,6 +30,7 @@ from envs import (
     make_parallel_env,
     make_vec_env,
     resolve_env_id,
+    workers,
 )
 from envs.pettingzoo_vec import PettingZooVecEnv, episode_seed
 from runs import RunError, UsageError
@@ -1123,7 +1124,7 @@ def run_into_fault(num_env_procs=0, **env_kwargs) -> RunError:
     assert env._lengths.tolist() == [4, 4]  # not before the fifth step
     start = time.monotonic()
     env.close()
-    assert time.monotonic() - start < envs.pettingzoo_vec.GRACE + 5
+    assert time.monotonic() - start < workers.GRACE + 5
     assert not any(proc.is_alive() for proc in procs)
     return error.value
 
@@ -1209,6 +1210,30 @@ def test_an_episode_that_never_ends_is_truncated_and_said(num_env_procs, capsys)
     env.close()
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_an_interrupt_while_a_worker_hangs_ends_at_once(monkeypatch):
+    """As a second Ctrl-C or SIGTERM raises while the trainer waits: nobody is asked to close first."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    env = make_vec_env(FAULTY, 2, "cpu", 0, num_env_procs=2, env_timeout=0, fault="hangs")
+    procs = list(env._venv.procs)
+    for _ in range(4):
+        env.step(torch.zeros(2, 2, dtype=torch.int64))
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            env.step(torch.zeros(2, 2, dtype=torch.int64))
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    monkeypatch.setattr(workers, "GRACE", 600.0)
+    start = time.monotonic()
+    env.close()
+    assert time.monotonic() - start < 60 and not any(proc.is_alive() for proc in procs)
+
+
 ORPHANS = """
 import os, signal, sys, torch
 from envs import make_vec_env
@@ -1249,7 +1274,7 @@ def is_running(pid: int) -> bool:
     return state not in "ZX"  # a zombie has ended
 
 
-@pytest.mark.parametrize("env_id", ["pursuit", "stag_hunt", TOY])
+@pytest.mark.parametrize("env_id", ["pursuit", "stag_hunt", "snowdrift", TOY])
 def test_reset_takes_no_seed_everywhere(env_id):
     parameter = inspect.signature(make_vec_env(env_id, 1, "cpu", 0).reset).parameters["seed"]
     assert parameter.default is None and parameter.annotation == "int | None"
