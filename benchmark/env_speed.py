@@ -6,10 +6,15 @@ included. Prints medians, ratios to the best SuperSuit setting, and what the bat
 
     python benchmark/env_speed.py                                # 2 cores, 5 minutes
     python benchmark/env_speed.py --env-ids pursuit --device cuda
+    python benchmark/env_speed.py --env-ids mpe2.simple_spread_v3 vmas:simple_spread --num-envs 16 128
+
+Envs that have one form only (mpe2's, or a simulator's) get a table of their own: env-steps per second and per CPU
+second, and the share of the time that the adapter takes around the simulator's own step.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import sys
@@ -17,11 +22,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: threads that spin while they wait for each other make small operations up to 30 times
 # slower as soon as other programs use the cores too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import gymnasium as gym
 import matplotlib
 import numpy as np
 import supersuit
@@ -30,13 +37,13 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
-from envs import VecEnv, make_parallel_env, make_vec_env
+from envs import VecEnv, check_env, make_parallel_env, make_vec_env
 
 
 @dataclass
 class Args:
     env_ids: tuple[str, ...] = ("pursuit", "stag_hunt")
-    """environments with a batched form"""
+    """environments: those with a batched form are compared with SuperSuit, others are measured as they are"""
     device: str = "cpu"
     """where the batched env lives; genuine envs are always on the CPU"""
     num_envs: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -227,6 +234,94 @@ def measure(env_id: str, args: Args) -> dict[str, list[float]]:
     return speeds
 
 
+# ---------------------------------------------------------------- envs of one form
+class Stopwatch:
+    """Stands in for a function and adds up the time that its calls take, and what they return is waited for."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        result = self.function(*args)
+        if "jax" in sys.modules:
+            sys.modules["jax"].block_until_ready(result)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+def watch_simulator(env: VecEnv) -> Stopwatch:
+    """Puts a stopwatch in the place of the simulator's own step."""
+    if env.env_id.startswith("jaxmarl:"):
+        env.simulation = copy.copy(env.simulation)  # it is shared by envs of the same arguments
+        env.simulation.step = Stopwatch(env.simulation.step)
+        return env.simulation.step
+    env.env.step = Stopwatch(env.env.step)
+    return env.env.step
+
+
+def simulator_step(env: VecEnv, seed: int) -> Callable[[], object]:
+    """Random legal actions; episodes are of all ages only after a while, as in training."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (8, env.num_envs, env.num_agents)
+    if isinstance(env.action_space, gym.spaces.Box):
+        actions = 2 * torch.rand(*shape, *env.action_space.shape, generator=generator) - 1
+    else:
+        sizes = torch.tensor(env.action_sizes)
+        actions = (torch.rand(shape, generator=generator) * sizes).long()
+    actions = actions.to(env.device)
+    turn = iter(range(sys.maxsize))
+    return lambda: env.step(actions[next(turn) % 8])
+
+
+def measure_one_form(env_id: str, args: Args) -> None:
+    print(f"\n{env_id}: env-steps per second, median of {args.rounds} rounds")
+    print(f"{'':24}{'env-steps/s':>14}{'per CPU second':>16}{'adapter':>10}{'first step':>12}")
+    if check_env(env_id).genuine:
+        step = genuine_step(env_id, args.seed)
+        print_speeds("genuine, one process", time_rounds(step, 1, None, args), None)
+        return
+    for num_envs in args.num_envs:
+        env = make_vec_env(env_id, num_envs, args.device, args.seed)
+        step = simulator_step(env, args.seed)
+        start = time.perf_counter()
+        step()  # where JAX compiles
+        first = time.perf_counter() - start
+        watch = watch_simulator(env)
+        print_speeds(f"{num_envs} envs", time_rounds(step, num_envs, watch, args), first)
+        env.close()
+
+
+def time_rounds(
+    step: Callable[[], object],
+    num_envs: int,
+    watch: Stopwatch | None,
+    args: Args,
+) -> list[tuple[float, float, float]]:
+    """(env-steps per second, per CPU second, share of the adapter) of each round"""
+    rounds = []
+    for _ in range(3):
+        step()
+    for _ in range(args.rounds):
+        inside = watch.seconds if watch else 0.0
+        cpu, start, count = time.process_time(), time.perf_counter(), 0
+        while time.perf_counter() - start < args.seconds:
+            step()
+            count += num_envs
+        wall = time.perf_counter() - start
+        cpu = time.process_time() - cpu
+        share = 1 - (watch.seconds - inside) / wall if watch else 0.0
+        rounds.append((count / wall, count / cpu, share))
+    return rounds
+
+
+def print_speeds(name: str, rounds: list[tuple[float, float, float]], first: float | None) -> None:
+    speed, per_cpu, share = (statistics.median(values) for values in zip(*rounds, strict=True))
+    compiled = "" if first is None else f"{first:10.1f} s"
+    print(f"{name:24}{speed:14,.0f}{per_cpu:16,.0f}{share:10.0%}{compiled:>12}")
+
+
+# ---------------------------------------------------------------- tables and pictures
 def best_supersuit(speeds: dict[str, list[float]]) -> str:
     names = [name for name in speeds if name.startswith("SuperSuit")]
     return max(names, key=lambda name: statistics.median(speeds[name]))
@@ -295,7 +390,15 @@ def draw(results: dict[str, dict[str, list[float]]], args: Args) -> None:
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    draw({env_id: measure(env_id, args) for env_id in args.env_ids}, args)
+    compared = {}
+    for env_id in args.env_ids:
+        checked = check_env(env_id)
+        if checked.genuine and checked.backend == "batched":
+            compared[env_id] = measure(env_id, args)
+        else:
+            measure_one_form(env_id, args)
+    if compared:
+        draw(compared, args)
 
 
 if __name__ == "__main__":

@@ -313,3 +313,11 @@ def test_through_make_vec_env():
     assert env.env_id == "vmas:balance" and env.num_agents == 4 and env.reset().obs.shape == (2, 4, *env.obs_shape)
     with pytest.raises(UsageError, match="use --backend batched"):
         check_env("vmas:balance", backend="pettingzoo")
+
+
+@pytest.mark.parametrize("name", vmas_vec.INDIVIDUAL_KWARGS)
+def test_individual_rewards(name):
+    team, own = make(name), make(name, **vmas_vec.INDIVIDUAL_KWARGS[name])
+    for actions in random_actions(team, 3):
+        shared, individual = team.step(actions).rewards, own.step(actions).rewards
+        assert (shared == shared[:, :1]).all() and (individual != individual[:, :1]).any()
