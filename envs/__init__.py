@@ -423,12 +423,14 @@ def _why(error: Exception) -> str:
     match = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", reason)
     if match is None:
         return reason
+    frames = []
     traceback = error.__traceback__
-    while traceback.tb_next is not None:
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
         traceback = traceback.tb_next
-    # Through however many **kwargs it went, the innermost frame called the function that refused the argument.
-    called = [*traceback.tb_frame.f_globals.values(), *traceback.tb_frame.f_locals.values()]
-    called = [f for f in called if callable(f) and getattr(f, "__name__", None) == match[1]]
+    # It went through any number of **kwargs: who called the function that refused it, or someone before, knows it.
+    known = [f for frame in reversed(frames) for f in (*frame.f_globals.values(), *frame.f_locals.values())]
+    called = [f for f in known if callable(f) and getattr(f, "__name__", None) == match[1]]
     valid = [p for f in called[:1] for p in inspect.signature(f).parameters if p != "self"]
     return f"it has no argument {match[2]!r}" + (f", only {', '.join(valid)}" if valid else "")
 
