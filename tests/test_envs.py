@@ -1235,9 +1235,17 @@ def test_an_interrupt_while_a_worker_hangs_ends_at_once(monkeypatch):
 
 
 ORPHANS = """
-import os, signal, sys, torch
+import os, signal, sys, threading, torch
 from envs import make_vec_env
-env = make_vec_env("test_envs:Faulty", 2, "cpu", 0, num_env_procs=2, fault="hangs")
+made = []
+make = lambda: made.append(make_vec_env("test_envs:Faulty", 2, "cpu", 0, num_env_procs=2, fault="hangs"))
+if sys.argv[1] == "thread":  # that ends: the workers must not end with it
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+else:
+    make()
+(env,) = made
 print(*[proc.pid for proc in env._venv.procs], flush=True)
 for _ in range(4):
     env.step(torch.zeros(2, 2, dtype=torch.int64))
@@ -1247,11 +1255,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_no_worker_survives_a_killed_trainer():
+@pytest.mark.parametrize("made_in", ["main", "thread"])
+def test_no_worker_survives_a_killed_trainer(made_in):
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here.parent), str(here)])
     result = subprocess.run(
-        [sys.executable, "-c", ORPHANS],
+        [sys.executable, "-c", ORPHANS, made_in],
         capture_output=True,
         text=True,
         timeout=120,
