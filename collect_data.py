@@ -10,10 +10,9 @@ The format is in dataset.py and docs/data_format.md; how-to and limits are in do
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +25,25 @@ from tqdm import tqdm
 from dataset import Dataset, DatasetWriter, describe, load_dataset, make_meta
 from envs import EnvStep, VecEnv, check_env, make_vec_env
 from hyper_mappo import CHECKPOINT_FORMAT, load_critic, make_policy
-from runs import Terminated, UsageError, check_limits, command_line, get_device, load_checkpoint, safe_name
+from runs import (
+    StopSignal,
+    Terminated,
+    UsageError,
+    check_limits,
+    command,
+    command_line,
+    get_device,
+    given_flags,
+    load_checkpoint,
+    parse_env_kwargs,
+    run_keeping,
+    safe_name,
+    save_figure,
+)
 
-Critic = Callable[[Tensor], Tensor]  # state [N, *S] -> values [N, A]
+SEGMENT_STEPS = 20_000  # at least; a killed collection plays again what it has played of its segment
+
+Critic = Callable[[Tensor, Tensor], Tensor]  # state [N, *S], obs [N, A, *O] -> values [N, A]
 
 
 @dataclass
@@ -56,7 +71,7 @@ class Args:
     name: str | None = None
     """name of the dataset's folder; None: <env>__<policies>__<seed>"""
     resume: bool = False
-    """continue a collection that was killed, with the same arguments"""
+    """continue a collection that was stopped or killed, with the same arguments"""
 
 
 # What numbers must be.
@@ -119,14 +134,16 @@ class Seating:
 
 
 def load_values(run_dir: str, env: VecEnv) -> Critic:
-    """The critic of a run folder. UsageError: it is of another state shape or number of agents."""
-    trained = load_checkpoint(run_dir, CHECKPOINT_FORMAT)["spec"]
-    its_shape, our_shape = list(trained["state_shape"]), list(env.state_shape)
+    """The critic of a run folder. UsageError: it is of other shapes or another number of agents."""
+    trained = load_checkpoint(run_dir, CHECKPOINT_FORMAT, needs=["spec"])["spec"]
+    its_shapes = list(trained["state_shape"]), list(trained["obs_shape"])
+    our_shapes = list(env.state_shape), list(env.obs_shape)
     its_agents, our_agents = trained["num_agents"], env.num_agents
-    if its_shape != our_shape or its_agents != our_agents:
+    if its_shapes != our_shapes or its_agents != our_agents:
         raise UsageError(
-            f"--values-of {run_dir} has a critic of states {its_shape} and {its_agents} agents, but {env.env_id} has "
-            f"{our_shape} and {our_agents}; use a run on this env"
+            f"--values-of {run_dir} has a critic of states {its_shapes[0]}, observations {its_shapes[1]} and "
+            f"{its_agents} agents, but {env.env_id} has {our_shapes[0]}, {our_shapes[1]} and {our_agents}; use a run "
+            "on this env"
         )
     return load_critic(run_dir, env.device)
 
@@ -141,42 +158,77 @@ def collect(
     num_steps: int,
     seed: int,
     critic: Critic | None = None,
-) -> None:
-    """Records whole episodes until `writer` holds at least num_steps.
+    stop: StopSignal | None = None,
+) -> bool:
+    """Records whole episodes until `writer` holds at least num_steps. -> False: it was stopped before that
+
+    In segments: each begins with new episodes in all envs, from a seed of its own, and ends when all that it has begun
+    are over. A killed collection plays its segment again; `writer` skips the episodes that it already has. (To begin
+    new ones in their place would lose those that were in flight, which are mostly the long ones.)
+    """
+    players = [make_policy(name, env) for name in policies]
+    progress = tqdm(
+        total=num_steps,
+        initial=min(writer.num_steps, num_steps),
+        unit="step",
+        disable=not sys.stderr.isatty(),
+    )
+    while writer.segment["first_step"] < num_steps:
+        is_over = collect_segment(env, players, writer, num_steps, seed, critic, stop, progress)
+        if not is_over:
+            writer.flush()
+            break
+        writer.next_segment()
+    progress.close()
+    return writer.segment["first_step"] >= num_steps
+
+
+def collect_segment(
+    env: VecEnv,
+    players: list[Any],
+    writer: DatasetWriter,
+    num_steps: int,
+    seed: int,
+    critic: Critic | None,
+    stop: StopSignal | None,
+    progress: tqdm,
+) -> bool:
+    """One segment of `collect`. -> False: it was stopped
 
     Every env step counts from the moment it is played; once enough are under way no new episode is recorded, but all
     begun ones are played to the end. Dropping those instead would leave out long episodes more often than short ones.
     """
-    # A continued collection goes on with other random numbers than the rows that it already has.
-    entropy = np.random.SeedSequence([seed, writer.num_steps])
+    played = first_step = writer.segment["first_step"]
+    entropy = np.random.SeedSequence([seed, first_step])
     seed = int(entropy.generate_state(1)[0] >> 1)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    players = [make_policy(name, env) for name in policies]
-    seating = Seating(players, env, writer.meta["num_episodes"], rng)
+    seating = Seating(players, env, writer.segment["first_episode"], rng)
     starting = recording = np.ones(env.num_envs, bool)
+    ages = np.zeros(env.num_envs, np.int64)  # of the episodes in flight
+    longest, enough = 0, False
     step = env.reset(seed)
-    played = writer.num_steps
-    progress = tqdm(
-        total=num_steps,
-        initial=played,
-        unit="step",
-        disable=not sys.stderr.isatty(),
-    )
     while recording.any():
+        if stop is not None and stop.requested:
+            return False
         seating.draw(starting)
         actions = seating.act(step)
         after = env.step(actions)
         rows = make_rows(step, actions, after, critic)
         rows["policy_ids"] = seating.policy_ids.copy()
+        ages = np.where(starting, 1, ages + 1)
+        longest = max(longest, int(ages.max()))
         starting = after.episode_over.cpu().numpy()
         writer.add(rows, starting & recording)
         played += env.num_envs
-        if played >= num_steps:
+        # Waiting for the last episodes costs less than a tenth of a segment.
+        length = max(SEGMENT_STEPS, 10 * env.num_envs * longest)
+        enough = enough or played >= min(num_steps, first_step + length)
+        if enough:
             recording = recording & ~starting
         progress.update(min(played, num_steps) - progress.n)
         step = after
-    progress.close()
+    return True
 
 
 def make_rows(
@@ -234,8 +286,7 @@ def plot_summary(dataset: Dataset, path: Path) -> None:
     )
     figure.suptitle(f"{dataset.path.name}: {dataset.num_steps} steps of {dataset.meta['env_id']}")
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def plot_bars(axis: Any, heights: list[np.ndarray], labels: list[str]) -> None:
@@ -299,16 +350,14 @@ def dataset_path(args: Args) -> Path:
     return Path(args.data_dir) / safe_name(name)
 
 
+@run_keeping
 def main(args: Args) -> Path:
     """Collects; returns the dataset's folder. Raises UsageError, one line, for what the user can put right."""
     # ---- arguments
     check_limits(args, LIMITS)
     if not args.policies or len(set(args.policies)) < len(args.policies):
         raise UsageError(f"--policies: expected different names, at least one, got {' '.join(args.policies) or 'none'}")
-    try:
-        env_kwargs = json.loads(args.env_kwargs)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--env-kwargs: expected JSON like '{{\"max_cycles\": 50}}', got {args.env_kwargs}") from error
+    env_kwargs = parse_env_kwargs(args.env_kwargs)
     checked_env = check_env(args.env_id, args.backend, env_kwargs)
     path = dataset_path(args)
 
@@ -341,16 +390,24 @@ def main(args: Args) -> Path:
         seed=args.seed,
         values_of=values_of,
     )
-    writer = DatasetWriter(path, meta, args.num_envs, args.resume)
+    again = command(__file__, *given_flags(replace(args, resume=True)))
+    writer = DatasetWriter(path, meta, args.num_envs, args.resume, again)
     print(f"collecting {args.num_steps} steps of {env.env_id} ({env.backend} backend, {device}) into {path}")
 
     # ---- loop
-    try:
-        collect(env, args.policies, writer, args.num_steps, args.seed, critic)
-    except (KeyboardInterrupt, Terminated):
-        writer.flush()
-        print("stopped; continue with --resume", file=sys.stderr)
-        raise
+    if not writer.finished:
+        stop = StopSignal("step")
+        try:
+            done = collect(env, args.policies, writer, args.num_steps, args.seed, critic, stop)
+        except (KeyboardInterrupt, Terminated):
+            writer.flush()
+            raise
+        finally:
+            stop.restore()
+        if not done:
+            writer.release()
+            print(f"stopped; {writer.kept.how_to_go_on()}", file=sys.stderr)
+            return writer.partial
 
     # ---- close
     env.close()

@@ -29,23 +29,28 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import xxhash
 from torch import Tensor
 
 from envs.stag_hunt import ego_order
-from runs import UsageError, write_json
+from runs import RunError, UsageError, cannot_write, keep_folder, sync_to_disk, write_json
 
 FORMAT = "marl-dataset"
 VERSION = 1
 SPLITS = ("train", "heldout_episodes", "heldout_policies")
 CHUNK_BYTES = 64 * 2**20  # how much of a large field is looked at in one go
+COMMIT_SECONDS = 2.0  # how often finished episodes are committed
 PACKAGES = ("numpy", "torch", "gymnasium", "pettingzoo")
-GROWING = {"num_steps", "num_episodes", "versions"}  # what of the meta a continued collection may change
+# What of the meta a continued collection may change
+GROWING = {"num_steps", "num_episodes", "versions", "segment", "checksums"}
+LARGE = ("observations", "next_observations", "states")  # not read by load_dataset
 
 Meta = dict[str, Any]
 Rows = dict[str, np.ndarray]  # field -> [N, ...]
@@ -90,6 +95,7 @@ def make_meta(
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "num_steps": 0,
         "num_episodes": 0,
+        "checksums": {},
     }
 
 
@@ -134,8 +140,12 @@ class DatasetWriter:
     """Streams rows to `<path>.partial`, which becomes `path` in one rename when `close` is called.
 
     What is held in memory are the episodes in flight. Files only grow, and `progress.json` says how much of them is
-    whole episodes; a killed run is continued from there with `resume=True`. Raises UsageError if `path` exists, if an
-    unfinished collection is in the way (or, on resume, missing or different), and when the disk is full.
+    whole, committed episodes, and where in the collection's random numbers they are (`segment`). A killed collection
+    is continued from there with `resume=True`; where nothing was committed it begins, where all was it is done
+    (`finished`). Until `close` or `release` no other process may write there.
+
+    UsageError: `path` or an unfinished collection is in the way, the latter is a different one, or another process is
+    writing. RunError: NaN or infinity in a row, or a full disk.
     """
 
     def __init__(
@@ -144,44 +154,84 @@ class DatasetWriter:
         meta: Meta,
         num_envs: int,
         resume: bool = False,
+        again: str = "python collect_data.py --resume",
     ):
+        """again: the command that continues the collection"""
         self.path = Path(path)
         self.meta = dict(meta)
         self.fields = row_fields(meta)
         self.partial = self.path.with_name(self.path.name + ".partial")
+        self.files: dict[str, BinaryIO] = {}
+        self._make_folder(self.path.parent)
+        self.kept = keep_folder(self.partial, again, self.path.with_name(self.path.name + ".lock"))
+        try:
+            self._open(resume)
+        except (UsageError, RunError):
+            self.release()
+            raise
+        self.steps: list[Rows] = []  # the latest joint steps of all envs, oldest first
+        self.starts = np.zeros(num_envs, np.int64)  # where in `steps` each env's episode began
+        self.to_skip = self.meta["num_episodes"] - self.segment["first_episode"]  # committed before a kill
+        self.last_commit = time.monotonic()
+        if not self.finished:
+            self.flush()
+
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write the folder {folder} ({error.strerror}): choose another") from None
+
+    def _open(self, resume: bool) -> None:
+        """Finds out where to begin, and opens the files there."""
+        self.finished = False
+        self.meta["segment"] = {"number": 0, "first_episode": 0, "first_step": 0}
+        if resume and self.path.exists():
+            self._continue(self.path / "meta.json")
+            self.finished = True
+            return
         if self.path.exists():
             raise UsageError(f"expected a new dataset folder, but {self.path} exists; choose another name or delete it")
-        if resume:
-            self._read_progress()
-        elif self.partial.exists():
+        if resume and (self.partial / "meta.json").exists():  # killed between the last two steps of close
+            self._continue(self.partial / "meta.json")
+            self._rename()
+            self.finished = True
+            return
+        if resume and (self.partial / "progress.json").exists():
+            self._continue(self.partial / "progress.json")
+        elif not resume and self.partial.exists():
             raise UsageError(f"{self.partial} holds an unfinished collection; continue it with --resume or delete it")
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.files = {}
+        self._make_folder(self.partial)
         for name, field in self.fields.items():
             file_path = self.partial / f"{name}.npy"
             mode = "r+b" if file_path.exists() else "w+b"
-            self.files[name] = open(file_path, mode)
+            with self._full_disk_in_one_line():
+                self.files[name] = open(file_path, mode)
+            self._check_length(name, field)
             self._write_header(name)
             # Rows that were never committed go.
             header_bytes = self.files[name].tell()
             self.files[name].truncate(header_bytes + self.num_steps * field.row_bytes)
             self.files[name].seek(0, os.SEEK_END)
-        self.steps: list[Rows] = []  # the latest joint steps of all envs, oldest first
-        self.starts = np.zeros(num_envs, np.int64)  # where in `steps` each env's episode began
-        self.flush()
 
-    def _read_progress(self) -> None:
-        progress = self.partial / "progress.json"
-        if not progress.exists():
-            raise UsageError(
-                f"--resume expected an unfinished collection in {self.partial}; start one without --resume"
-            )
-        old = _with_defaults(json.loads(progress.read_text()))
+    def _check_length(self, name: str, field: Field) -> None:
+        """UsageError: there are fewer rows than were committed."""
+        size = os.fstat(self.files[name].fileno()).st_size
+        if size < self.num_steps * field.row_bytes:
+            raise UsageError(f"{self.partial / name}.npy is shorter than its {self.num_steps} rows; delete the folder")
+
+    def _continue(self, file: Path) -> None:
+        """Takes over the meta of what is there. UsageError: it is damaged, or of another collection."""
+        old = read_meta_file(file)
         new = json.loads(json.dumps(self.meta))
         for key in new.keys() - GROWING:
-            if old[key] != new[key]:
-                raise UsageError(f"{self.partial} was begun with {key} {old[key]}, not {new[key]}; use the same")
-        self.meta = old
+            if old.get(key) != new[key]:
+                raise UsageError(f"{file.parent} was begun with {key} {old.get(key)}, not {new[key]}; use the same")
+        self.meta = {**self.meta, **old}
+        self._say_what_is_saved()
+
+    def _say_what_is_saved(self) -> None:
+        self.kept.saved = f"{self.num_steps} steps in {self.meta['num_episodes']} episodes"
 
     def _write_header(self, name: str) -> None:
         # numpy pads the header so that the number of rows can be rewritten in place.
@@ -198,16 +248,36 @@ class DatasetWriter:
     def num_steps(self) -> int:
         return self.meta["num_steps"]
 
+    @property
+    def segment(self) -> dict[str, int]:
+        """Where the random numbers of the episodes in flight begin: number, first_episode, first_step."""
+        return self.meta["segment"]
+
+    def next_segment(self) -> None:
+        """Nothing is in flight, and from here on other random numbers are used: a killed run begins here."""
+        self.meta["segment"] = {
+            "number": self.segment["number"] + 1,
+            "first_episode": self.meta["num_episodes"],
+            "first_step": self.num_steps,
+        }
+        self.steps.clear()
+        self.starts[:] = 0
+        self.flush()
+
     def add(self, rows: Rows, episode_over: np.ndarray) -> None:
         """Takes one step of all envs and writes the episodes that ended in it.
 
         rows: every field but `timesteps` and `episode_ids`, each [N, ...]. episode_over: [N] bool; False for an env
         whose episodes are not to be stored.
         """
+        self._refuse_non_finite(rows)
         self.steps.append(rows)
         for env in np.flatnonzero(episode_over):
             episode = self.steps[self.starts[env] :]
             self.starts[env] = len(self.steps)
+            if self.to_skip:  # it was committed before the run was killed, and has now been played again
+                self.to_skip -= 1
+                continue
             fields = {}
             for name in rows:
                 fields[name] = np.stack([step[name][env] for step in episode])  # [L, ...]
@@ -216,7 +286,19 @@ class DatasetWriter:
         if oldest >= 64:  # forget what no episode in flight needs, now and then
             del self.steps[:oldest]
             self.starts -= oldest
+        if time.monotonic() - self.last_commit > COMMIT_SECONDS:
             self.flush()
+
+    def _refuse_non_finite(self, rows: Rows) -> None:
+        """RunError, naming env, step and agent, where a number is none."""
+        for name, field in self.fields.items():
+            if field.dtype.kind != "f" or np.isfinite(rows[name]).all():
+                continue
+            env, *place = np.argwhere(~np.isfinite(rows[name]))[0]
+            number = rows[name][(env, *place)]
+            step = len(self.steps) - self.starts[env]
+            whose = f" of agent {place[0]}" if name != "states" else ""
+            raise RunError(f"{name}{whose} in env {env}, step {step} of its episode, is {number}: the env is broken")
 
     def _write_episode(self, fields: Rows) -> None:
         """fields: [L, ...] each. ValueError for a row of another shape than the meta says."""
@@ -243,30 +325,63 @@ class DatasetWriter:
         try:
             yield
         except OSError as error:
-            raise UsageError(
-                f"could not write to {self.partial}: {error.strerror}; free some space, then continue with --resume"
-            ) from error
+            raise cannot_write(self.partial, error) from error
 
     def flush(self) -> None:
         """Commits the episodes written so far: from here a killed run goes on."""
         with self._full_disk_in_one_line():
             for file in self.files.values():
                 file.flush()
-            write_json(self.partial / "progress.json", self.meta)
+                os.fsync(file.fileno())
+        write_json(self.partial / "progress.json", self.meta)
+        self._say_what_is_saved()
+        self.last_commit = time.monotonic()
 
     def close(self) -> Path:
         """Finishes the dataset: from here on it can be read. Returns its path."""
+        if self.finished:
+            self.release(finished=False)
+            return self.path
         if self.num_steps == 0:
             raise UsageError(f"no episode has ended, so {self.path} would be empty; collect more steps")
-        for name in self.files:
-            self._write_header(name)
+        with self._full_disk_in_one_line():
+            for name in self.files:
+                self._write_header(name)
         self.flush()
-        for file in self.files.values():
-            os.fsync(file.fileno())
-            file.close()
-        os.replace(self.partial / "progress.json", self.partial / "meta.json")
-        os.replace(self.partial, self.path)
+        self._close_files()
+        self.meta["checksums"] = {name: checksum_of(self.partial / f"{name}.npy") for name in self.fields}
+        write_json(self.partial / "meta.json", self.meta)
+        self._rename()
+        self.release(finished=False)
         return self.path
+
+    def _rename(self) -> None:
+        with self._full_disk_in_one_line():
+            (self.partial / "progress.json").unlink(missing_ok=True)
+            os.replace(self.partial, self.path)
+            sync_to_disk(self.path.parent)
+        self.kept.path = self.path
+
+    def _close_files(self) -> None:
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # what was written since the last commit is lost anyway
+                file.close()
+
+    def release(self, finished: bool = True) -> None:
+        """Lets other processes write there. finished False: what is saved is said where the program ends."""
+        self._close_files()
+        self.kept.release(finished)
+
+
+def checksum_of(file: Path) -> str:
+    """XXH3 of the content of a .npy file, behind its header, in hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with open(file, "rb") as content:
+        np.lib.format.read_magic(content)
+        np.lib.format.read_array_header_1_0(content)
+        while chunk := content.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @dataclass
@@ -367,18 +482,44 @@ def rotate_to_ego(x: Tensor, agent: int | Tensor, axis: int) -> Tensor:
     return x.gather(axis, index)
 
 
-def load_dataset(path: str | Path) -> Dataset:
-    """Opens a dataset and checks it. Raises UsageError, one line, for anything that is not a whole, sound dataset."""
+def load_dataset(path: str | Path, every_checksum: bool = False) -> Dataset:
+    """Opens a dataset and checks it. Raises UsageError, one line, for anything that is not a whole, sound dataset.
+
+    Checksums are compared for every field that is read here anyway; of the large ones (LARGE) with every_checksum,
+    or in `check_checksums` by who reads them.
+    """
     path = Path(path)
     meta = _read_meta(path)
     arrays = {}
     for name, field in row_fields(meta).items():
         arrays[name] = _open_field(path / f"{name}.npy", field, meta["num_steps"])
     dataset = Dataset(path, meta, **arrays)
+    check_checksums(dataset, [name for name in arrays if name not in LARGE or every_checksum])
     _check_episodes(dataset)
     _check_actions(dataset)
     _check_numbers(dataset)
     return dataset
+
+
+def check_checksums(dataset: Dataset, names: Iterable[str]) -> None:
+    """UsageError: a field is not what was written. (Older datasets have no checksums.)"""
+    checksums = dataset.meta["checksums"]
+    for name in names:
+        if name in checksums:
+            same = checksum_of(dataset.path / f"{name}.npy") == checksums[name]
+            _require(dataset, same, name, "the checksum of meta.json: it is damaged")
+
+
+def same_data(saved_meta: Meta, dataset: Dataset) -> bool:
+    """Whether a dataset is the one whose meta was saved, wherever it lies now.
+
+    By its checksums; one of both from before there were checksums is known by the rest of its meta.
+    """
+    saved = _with_defaults(saved_meta)
+    if saved["checksums"] and dataset.meta["checksums"]:
+        return saved["checksums"] == dataset.meta["checksums"]
+    ours = dataset.meta
+    return all(saved.get(key) == ours[key] for key in ours.keys() - {"checksums", "segment"})
 
 
 def _read_meta(path: Path) -> Meta:
@@ -387,31 +528,80 @@ def _read_meta(path: Path) -> Meta:
         partial = path.with_name(path.name + ".partial")
         found = "an unfinished collection" if partial.exists() else "none"
         raise UsageError(f"expected a dataset in {path}, found {found}; make one with collect_data.py")
-    try:
-        meta = _with_defaults(json.loads(file.read_text()))
-        row_fields(meta)
-        is_ours = meta["format"] == FORMAT and meta["version"] == VERSION
-        is_sound = is_ours and meta["num_steps"] > 0
-    except (ValueError, KeyError, TypeError):
-        is_sound = False
-    if not is_sound:
+    meta = read_meta_file(file)
+    if meta["num_steps"] < 1 or meta["num_episodes"] < 1:
         raise UsageError(f"{file}: expected {FORMAT} version {VERSION} with rows; collect the data again")
     return meta
 
 
+def read_meta_file(file: Path) -> Meta:
+    """meta.json or progress.json. UsageError: not readable, or not what this version writes."""
+    problem = "another format"
+    try:
+        if not file.is_file():
+            raise ValueError("no plain file")
+        meta = _with_defaults(json.loads(file.read_text(encoding="utf-8")))
+        if meta["format"] == FORMAT and meta["version"] == VERSION:
+            _check_meta(meta)
+            return meta
+    except KeyError as error:
+        problem = f"no {error}"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        problem = " ".join(str(getattr(error, "strerror", None) or error).split())[:150]
+    raise UsageError(f"{file}: expected {FORMAT} version {VERSION}, got {problem}; collect the data again")
+
+
+def _check_meta(meta: Meta) -> None:
+    """ValueError, TypeError or KeyError for values that no collection writes."""
+
+    def require(ok: bool, name: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} {meta[name]!r}")
+
+    for name in ("num_steps", "num_episodes", "num_agents"):
+        require(type(meta[name]) is int and meta[name] >= 0, name)
+    for name in ("obs_shape", "state_shape", "action_shape"):
+        is_shape = isinstance(meta[name], list) and all(type(size) is int and size >= 0 for size in meta[name])
+        require(is_shape, name)
+    for name in ("obs_dtype", "state_dtype"):
+        require(isinstance(meta[name], str) and np.dtype(meta[name]).kind in "fiub", name)
+    require(
+        meta["num_actions"] is None or (type(meta["num_actions"]) is int and meta["num_actions"] > 0), "num_actions"
+    )
+    for name in ("env_kwargs", "checksums", "segment"):
+        require(isinstance(meta[name], dict), name)
+    require(isinstance(meta["env_id"], str), "env_id")
+    policies = meta["policies"]
+    require(isinstance(policies, list) and all(isinstance(name, str) for name in policies), "policies")
+    for name in ("number", "first_episode", "first_step"):
+        require(type(meta["segment"][name]) is int and meta["segment"][name] >= 0, "segment")
+    row_fields(meta)
+
+
 def _with_defaults(meta: Meta) -> Meta:
-    """What datasets from before there were values do not say."""
-    return {"has_values": False, "values_of": None, **meta}
+    """What datasets from before there were values, segments and checksums do not say."""
+    segment = {"number": 0, "first_episode": 0, "first_step": 0}
+    if "segment" not in meta:  # a collection that was begun before: what it has is a segment of its own
+        segment = {"number": 1, "first_episode": meta["num_episodes"], "first_step": meta["num_steps"]}
+    return {"has_values": False, "values_of": None, "checksums": {}, "segment": segment, **meta}
 
 
 def _open_field(file: Path, field: Field, num_steps: int) -> np.ndarray:
     shape = (num_steps, *field.shape)
     expected = f"{file}: expected {field.dtype} {shape}"
+    if not file.exists():
+        raise UsageError(f"{expected}, but it is missing; collect the data again")
+    if not file.is_file():  # (opening a FIFO would wait for ever)
+        raise UsageError(f"{expected}, but it is no plain file; collect the data again")
     try:
         array = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = "truncated, or not an array of plain numbers" if file.exists() else "missing"
+    except PermissionError as error:
+        raise UsageError(f"{expected}, but it may not be read; change its permissions") from error
+    except Exception as error:  # whatever a damaged header makes the reader raise
+        reason = "truncated, or not an array of plain numbers"
         raise UsageError(f"{expected}, but it is {reason}; collect the data again") from error
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"{expected}, but it is an archive; collect the data again")
     if array.dtype != field.dtype or array.shape != shape:
         raise UsageError(f"{expected}, got {array.dtype} {array.shape}; collect the data again")
     return array
@@ -547,7 +737,7 @@ def cli(argv: list[str] | None = None) -> int:
         print("usage: python -m dataset data/NAME", file=sys.stderr)
         return 2
     try:
-        dataset = load_dataset(argv[0])
+        dataset = load_dataset(argv[0], every_checksum=True)
         print(describe(dataset))
         check_alignment(dataset)
     except UsageError as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 from dataset import Dataset
 from envs.players import script_probs
 from opponent_samples import PREPARE_CHUNK, flat_obs_spec
-from runs import read_metrics
+from runs import read_metrics, save_figure, whole_file
 
 TINY = 1e-12
 MAX_POINTS = 1500  # latents in a picture
@@ -400,7 +400,7 @@ def report(
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """One line for each row; a row need not have every column."""
     columns = {key: None for row in rows for key in row}
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(columns))
         table.writeheader()
         table.writerows(rows)
@@ -426,8 +426,7 @@ def picture(
     size = (width, height)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     yield axes
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def plot_curves(metrics: list[dict[str, str]], path: Path) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runs
-from dataset import Dataset, load_dataset
+from dataset import LARGE, Dataset, check_checksums, load_dataset, same_data
 from opponent_samples import (
     Batch,
     Place,
@@ -150,7 +150,8 @@ class Args:
     memory_limit_mb: int = 4096
     """observations that need more than this are read from the disk, minibatch by minibatch"""
     resume: str | None = None
-    """run folder to continue; flags given beside it must not change what is trained"""
+    """run folder to continue, or to finish where all epochs are done; flags beside it must not change what is trained.
+    Data that has moved: its new place with --data"""
 
 
 # What numbers must be. (heldout_fraction: see the dataset's split)
@@ -165,7 +166,7 @@ LIMITS = {
     ),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
 }
-MAY_CHANGE = ("resume", "epochs", "cuda", "num_threads", "track", "memory_limit_mb")  # in a resumed run
+MAY_CHANGE = ("resume", "data", "epochs", "cuda", "num_threads", "track", "memory_limit_mb")  # in a resumed run
 FIXED_BY_CHECKPOINT = tuple(field.name for field in fields(Args) if field.name not in MAY_CHANGE)
 SIZES = ("model", "loss", "policy_input", "latent_size", "hidden_size", "history_size", "codebook_size")
 
@@ -626,7 +627,14 @@ def evaluate_losses(models: Models, samples: Samples, sequences: np.ndarray, arg
 
 
 def save_run(
-    run_dir: Path, args: Args, epoch: int, best: float, models: Models, progress: Progress | None, is_best: bool
+    kept: runs.KeptFolder,
+    args: Args,
+    data_meta: dict[str, Any],
+    epoch: int,
+    best: float,
+    models: Models,
+    progress: Progress | None,
+    is_best: bool,
 ) -> None:
     """Writes latest.pt, and before it best.pt if this is the best epoch yet: a crash in between loses no best one.
 
@@ -636,6 +644,7 @@ def save_run(
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
         "args": asdict(args),
+        "data_meta": data_meta,
         "config": model.config,
         "epoch": epoch,
         "best": best,
@@ -645,20 +654,29 @@ def save_run(
         "progress": progress,
     }
     if is_best:
-        runs.save_checkpoint(checkpoint, run_dir / "best.pt")
-    runs.save_checkpoint(checkpoint, run_dir / "latest.pt")
+        runs.save_checkpoint(checkpoint, kept.path / "best.pt")
+    runs.save_checkpoint(checkpoint, kept.path / "latest.pt")
+    kept.saved = epochs_saved(checkpoint)
+
+
+def epochs_saved(checkpoint: dict[str, Any]) -> str:
+    """What a checkpoint holds, in words."""
+    more = f" and {checkpoint['progress']['batches']} minibatches" if checkpoint.get("progress") else ""
+    return f"{checkpoint['epoch']} of {checkpoint['args']['epochs']} epochs{more}"
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
     """The checkpoint of a run folder (its latest.pt) or of a .pt file. UsageError: missing, unreadable, another's."""
-    return runs.load_checkpoint(path, CHECKPOINT_FORMAT, device)
+    needs = ("args", "config", "epoch", "best", "model", "teacher", "optimizer")
+    return runs.load_checkpoint(path, CHECKPOINT_FORMAT, device, needs)
 
 
 def load_vae(path: str | Path, device: torch.device | str = "cpu") -> VAE:
     """The model of a run folder (its best.pt) or of a checkpoint file, frozen. UsageError as load_checkpoint."""
-    checkpoint = load_checkpoint(runs.best_or_latest(path), device)
+    path = runs.best_or_latest(path)
+    checkpoint = load_checkpoint(path, device)
     model = VAE(checkpoint["config"]).to(device)
-    model.load_state_dict(checkpoint["model"])
+    runs.load_weights(model, checkpoint["model"], path)
     return model.requires_grad_(False).eval()
 
 
@@ -826,17 +844,25 @@ def revive_codes(
     model.codebook[dead] = model.posterior(features, None)["out"]
 
 
+def resume_run(args: Args) -> tuple[runs.KeptFolder, dict[str, Any]]:
+    """--resume: the run's folder, which no other process writes in from here on, and its checkpoint."""
+    run_dir = Path(args.resume)
+    kept = runs.keep_folder(run_dir, runs.command(__file__, "--resume", run_dir))
+    checkpoint = load_checkpoint(run_dir)
+    kept.saved = epochs_saved(checkpoint)
+    return kept, checkpoint
+
+
 # ---------------------------------------------------------------- main
 
 
+@runs.run_keeping
 def main(args: Args) -> Path:
     """Trains (or resumes); returns the run folder. UsageError, one line, for what the user can put right."""
     # ---- arguments
     check_args(args)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    kept, checkpoint = resume_run(args) if args.resume else (None, None)
     epochs_done = checkpoint["epoch"] if checkpoint else 0
-    if epochs_done >= args.epochs:
-        raise UsageError(f"{args.resume} has already done {epochs_done} epochs; raise --epochs")
     device = runs.get_device(args.cuda)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
@@ -849,14 +875,16 @@ def main(args: Args) -> Path:
     resolved = resolve_args(args, spec, symmetries)
     teacher = load_teacher(args, spec, device)
     config = {name: getattr(args, name) for name in SIZES} | {"spec": spec}
-    if checkpoint and checkpoint["config"] != config:
-        raise UsageError(f"{args.resume} was trained on other data than {args.data} is now; give the same dataset")
+    if checkpoint:
+        data_meta = checkpoint.get("data_meta")  # older runs do not say
+        if checkpoint["config"] != config or (data_meta and not same_data(data_meta, dataset)):
+            raise UsageError(f"{args.resume} was trained on other data than {args.data}; give the place of its data")
 
     # ---- logging
-    if args.resume:
-        run_dir = Path(args.resume)
-    else:
+    if kept is None:
         run_dir = runs.new_run_dir(args.runs_dir, meta["env_id"], args.exp_name, args.seed)
+        kept = runs.keep_folder(run_dir, runs.command(__file__, "--resume", run_dir))
+    run_dir = kept.path
     runs.write_json(run_dir / "args.json", asdict(resolved))
     if args.track:
         runs.start_wandb(run_dir, args.wandb_project_name, args.wandb_entity, asdict(resolved))
@@ -871,6 +899,8 @@ def main(args: Args) -> Path:
 
     # ---- data
     samples = Samples(dataset, spec, device, args.memory_limit_mb)
+    if samples.in_memory:  # all was read anyway
+        check_checksums(dataset, LARGE)
     train = samples.sequences(split["train"])
     train_index = samples.index(train)
     parts = []
@@ -897,10 +927,10 @@ def main(args: Args) -> Path:
     # ---- resume
     best, unfinished = math.inf, None
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        runs.load_weights(model, checkpoint["model"], args.resume)
+        runs.load_weights(optimizer, checkpoint["optimizer"], args.resume)
         if teacher is not None:
-            teacher.load_state_dict(checkpoint["teacher"])
+            runs.load_weights(teacher, checkpoint["teacher"], args.resume)
         best = checkpoint["best"]
         unfinished = checkpoint.get("progress")  # of the epoch that was stopped in its middle
 
@@ -940,7 +970,7 @@ def main(args: Args) -> Path:
         progress["seconds"] = time.perf_counter() - start
         if stop.requested:
             stopped = stopped_progress(progress, device)
-            save_run(run_dir, resolved, epoch, best, models, stopped, is_best=False)
+            save_run(kept, resolved, meta, epoch, best, models, stopped, is_best=False)
             break
         row = epoch_metrics(progress, progress["seconds"], args.model == "vqvae")
         if not math.isfinite(row["losses/loss"]):
@@ -956,15 +986,17 @@ def main(args: Args) -> Path:
         criterion = row[criterion_name]
         is_best = criterion < best
         best = min(best, criterion)
-        save_run(run_dir, resolved, epoch + 1, best, models, None, is_best)
+        metrics.sync()
+        save_run(kept, resolved, meta, epoch + 1, best, models, None, is_best)
         epochs_done = epoch + 1
         if stop.requested:
             break
 
     # ---- close
+    stop.restore()
     metrics.close()
     if epochs_done < args.epochs:
-        print(f"stopped in epoch {epochs_done + 1} and saved; go on with: python pretrain_vae.py --resume {run_dir}")
+        print(f"stopped in epoch {epochs_done + 1}; {kept.how_to_go_on()}")
     else:
         model = load_vae(run_dir, device)
         heldout = parts[0]
@@ -977,7 +1009,6 @@ def main(args: Args) -> Path:
             path = run_dir / "reconstructions.png"
             draw_reconstructions(dataset, samples, heldout.index, ahead, z, model.decoder, resolved.recon_loss, path)
         print(f"done: {run_dir}")
-    stop.restore()
     return run_dir
 
 

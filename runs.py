@@ -66,6 +66,14 @@ class RunError(RuntimeError):
     """
 
 
+class EnvError(RunError):
+    """An env does what no env may do. traceback: its own, for error.log; empty where it raised nothing."""
+
+    def __init__(self, message: str, traceback: str = ""):
+        super().__init__(message)
+        self.traceback = traceback
+
+
 class Terminated(BaseException):
     """SIGTERM came where no StopSignal was listening."""
 
@@ -107,6 +115,23 @@ def parse_env_kwargs(text: str) -> dict[str, Any]:
 def flag(name: str) -> str:
     """A field's name on the command line: num_envs -> --num-envs"""
     return "--" + name.replace("_", "-")
+
+
+def given_flags(args: Any) -> list[str]:
+    """The flags that give these arguments: those that are not as by default."""
+    flags = []
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            name = flag(field.name) if value else flag(f"no_{field.name}")
+            flags.append(name)
+        elif isinstance(value, (tuple, list)):
+            flags += [flag(field.name), *map(str, value)]
+        else:
+            flags += [flag(field.name), str(value)]
+    return flags
 
 
 def restore_args(Args: type, saved: dict[str, Any], path: str | Path) -> Any:
@@ -791,7 +816,7 @@ def command_line(
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunError, FloatingPointError) as error:
-        return broke_down(str(error), error.__cause__)
+        return broke_down(str(error), traceback_of(error))
     except KeyboardInterrupt:
         print("; ".join(["interrupted", *how_to_go_on()]), file=sys.stderr)
         return 130
@@ -815,14 +840,24 @@ def how_to_go_on() -> list[str]:
     return [kept.how_to_go_on() for kept in KEPT]
 
 
-def broke_down(reason: str, cause: BaseException | None = None) -> int:
-    """One line, and the traceback of the cause in error.log, where there is a run folder: -> the exit code"""
+def traceback_of(error: Exception) -> str:
+    """What error.log should hold of an error of others; empty: nothing worth it."""
+    if isinstance(error, EnvError) and error.traceback:
+        return error.traceback
+    cause = error.__cause__
+    if cause is None or isinstance(cause, OSError):
+        return ""
+    return "".join(traceback.format_exception(cause))
+
+
+def broke_down(reason: str, details: str = "") -> int:
+    """One line, and the details in error.log, where there is a run folder: -> the exit code"""
     parts = [f"error: {reason}"]
-    if cause is not None and not isinstance(cause, OSError):
-        for kept in KEPT:
+    for kept in KEPT:
+        if details:
             path = kept.path / "error.log"
             with contextlib.suppress(OSError):
-                path.write_text("".join(traceback.format_exception(cause)), encoding="utf-8")
+                path.write_text(details, encoding="utf-8")
                 parts.append(f"see {path}")
     print("; ".join([*parts, *how_to_go_on()]), file=sys.stderr)
     return 1

@@ -13,10 +13,10 @@ PSNR = 10 log10(range^2 / MSE), from the pooled MSE. How to read the printout: d
 from __future__ import annotations
 
 import csv
+import difflib
 import importlib
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,9 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import SPLITS, Dataset, load_dataset, rotate_to_ego
+from dataset import LARGE, SPLITS, Dataset, check_checksums, load_dataset, rotate_to_ego, same_data
 from envs import EnvStep, ObsSpec, VecEnv, check_env, describe_obs, make_vec_env
-from runs import UsageError, best_or_latest, command_line, get_device, load_checkpoint
+from runs import (
+    UsageError,
+    best_or_latest,
+    command_line,
+    get_device,
+    load_checkpoint,
+    save_figure,
+    whole_file,
+    write_json,
+)
 from world_model import CHECKPOINT_FORMAT, Pairs, Samples, WorldModel, load_world_model
 
 HORIZONS = (1, 2, 5, 10, 20, 35)
@@ -511,8 +520,7 @@ def draw_triplets(
         draw_obs(row[2], mine * (not pred_done), spec, None if done else true)
         row[2].set_title(f"predicted: reward {pred['pred_rewards'][i]:.3f}{' exit' * pred_done}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def draw_drift(path: Path, result: Numbers, drift: list[DriftStep], spec: ObsSpec) -> None:
@@ -535,8 +543,7 @@ def draw_drift(path: Path, result: Numbers, drift: list[DriftStep], spec: ObsSpe
     labels = spec.names if len(channels) <= 16 else [""] * len(channels)
     channel_axis.set_xticks(places, labels, rotation=60)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def choose_triplets(batch: Batch, num: int) -> list[int]:
@@ -556,7 +563,6 @@ def draw_all(out: Path, split: str, judged: Judged, num: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    out.mkdir(parents=True, exist_ok=True)
     batch, pred, spec = judged.batch, judged.pred, judged.spec
     difference = pred["expected_obs"] - batch["next_obs"].float()
     error = difference.square().flatten(1).mean(1)
@@ -681,8 +687,8 @@ def judge(model: Any, dataset: Dataset, episodes: np.ndarray, args: Args, device
     samples = Samples(dataset, device)
     pairs = draw_pairs(samples, dataset.rows_of(episodes), args)
     batch = make_batch(dataset, samples, pairs)
-    largest = batch["next_obs"].float().abs().max()
-    value_range = max(1.0, float(largest))
+    seen = batch["next_obs"].float()
+    value_range = float(seen.max() - seen.min()) or 1.0  # 1 where all is the same
     physics = bool(spec.agent_planes) and not spec.window  # a window may lose sight of an entity
     pred = predict_all(model, batch["obs"], batch["actions"])
     result = {"num_samples": float(len(pairs.rows)), "value_range": value_range}
@@ -737,14 +743,36 @@ def parse_fail_under(limits: tuple[str, ...]) -> Numbers:
         try:
             parsed[name] = float(number)
         except ValueError:
-            raise UsageError(f"--fail-under expected METRIC=NUMBER, got '{limit}': e.g. exact_match=0.999") from None
+            parsed[name] = np.nan
+        if np.isnan(parsed[name]):
+            raise UsageError(f"--fail-under expected METRIC=NUMBER, got '{limit}': e.g. exact_match=0.999")
     return parsed
+
+
+def refuse_unknown(limits: Numbers, dataset: Dataset, args: Args, device: torch.device) -> None:
+    """UsageError, before anything is judged, for a name in --fail-under that no judged split will have.
+
+    Which there are is found out by judging a model that needs no time on the longest episode.
+    """
+    if not limits:
+        return
+    longest = dataset.episode_lengths.argmax()
+    quick = replace(args, max_samples=64, drift_episodes=1, resimulate=0)
+    known = set(judge(CopyLast(), dataset, longest[None], quick, device).result)
+    for name, number in (("seat", dataset.num_agents), ("policy", len(dataset.meta["policies"]))):
+        for k in range(number):
+            known |= {f"{name} {k}/exact_match", f"{name} {k}/obs_mse"}
+    for name in limits:
+        if name not in known and not (name.startswith("floor/") and args.resimulate):
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f", like {' or '.join(close)}" if close else ": e.g. exact_match=0.9"
+            raise UsageError(f"--fail-under expected one of the JSON's numbers, got '{name}'{hint}")
 
 
 def choose_episodes(args: Args, dataset: Dataset, checkpoint: dict[str, Any] | None) -> dict[str, np.ndarray]:
     """Split name -> episode numbers. UsageError where nothing is left."""
     everything = {"all": np.arange(len(dataset.episode_lengths))}
-    trained_on_it = checkpoint is not None and checkpoint["data_meta"] == dataset.meta
+    trained_on_it = checkpoint is not None and same_data(checkpoint["data_meta"], dataset)
     if args.split == "all" or (args.split == "auto" and not trained_on_it):
         return everything
     if checkpoint is None:
@@ -815,14 +843,27 @@ def write_numbers(args: Args, results: dict[str, Numbers]) -> None:
         content = {"args": asdict(args)}
         for split, result in results.items():  # JSON knows no NaN
             content[split] = {name: x if np.isfinite(x) else None for name, x in result.items()}
-        Path(args.json).write_text(json.dumps(content, indent=1))
+        write_json(Path(args.json), content)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
+        with whole_file(Path(args.csv)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(("split", "metric", "value"))
             for split, result in results.items():
                 for name, x in result.items():
                     table.writerow((split, name, x if np.isfinite(x) else None))
+
+
+def make_folders(args: Args, out: Path | None) -> None:
+    """UsageError, before anything is judged, where what comes out could not be written."""
+    files = [Path(name) for name in (args.json, args.csv) if name]
+    for folder in [path.parent for path in files] + [out] * (out is not None):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write the folder {folder} ({error.strerror}): choose another") from None
+    for path in files:
+        if path.is_dir():
+            raise UsageError(f"expected a file to write, {path} is a folder: name a file in it")
 
 
 def main(args: Args) -> int:
@@ -836,12 +877,14 @@ def main(args: Args) -> int:
 
     # ---- data
     dataset = load_dataset(args.data)
+    check_checksums(dataset, LARGE)
     meta = dataset.meta
 
     # ---- networks
     checkpoint = None
     if args.checkpoint:
-        checkpoint = load_checkpoint(best_or_latest(args.checkpoint), CHECKPOINT_FORMAT)
+        needs = ("args", "config", "data_meta", "model")
+        checkpoint = load_checkpoint(best_or_latest(args.checkpoint), CHECKPOINT_FORMAT, needs=needs)
         model = load_checkpoint_model(args.checkpoint, meta, device)
     else:
         model = load_foreign_model(args.model, meta, device)
@@ -852,8 +895,11 @@ def main(args: Args) -> int:
     )
 
     # ---- loop
+    splits = choose_episodes(args, dataset, checkpoint)
+    refuse_unknown(limits, dataset, args, device)
+    make_folders(args, out)
     results, failed = {}, []
-    for split, episodes in choose_episodes(args, dataset, checkpoint).items():
+    for split, episodes in splits.items():
         judged = judge(model, dataset, episodes, args, device)
         print_report(split, judged, meta["policies"])
         results[split] = judged.result

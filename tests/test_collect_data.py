@@ -2,13 +2,17 @@
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
+from pettingzoo import ParallelEnv
 
 import collect_data
 from collect_data import Args, make_mixes
@@ -125,9 +129,10 @@ def test_values_are_the_critics_and_change_nothing_else(tmp_path, run_dir):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"env_id": "stag_hunt-8x8-4h1s"}, r"states \[4, 4, 7\] and 4 agents, but .* \[8, 8, 7\] and 4"),
-        ({"env_id": "pursuit"}, r"states \[4, 4, 7\] and 4 agents, but .* \[16, 16, 3\] and 8"),
-        ({"env_id": "stag_hunt", "env_kwargs": '{"num_players": 3}'}, r"and 4 agents, but .* \[4, 4, 6\] and 3"),
+        ({"env_id": "stag_hunt-8x8-4h1s"}, r"states \[4, 4, 7\], .* and 4 agents, but .* \[8, 8, 7\], .* and 4"),
+        ({"env_id": "pursuit"}, r"states \[4, 4, 7\], .* and 4 agents, but .* \[16, 16, 3\], .* and 8"),
+        ({"env_id": "stag_hunt", "env_kwargs": '{"num_players": 3}'}, r"and 4 agents, but .* \[4, 4, 6\], .* and 3"),
+        ({"env_id": "stag_hunt", "env_kwargs": '{"view": 1}'}, r"observations \[4, 4, 7\] .* but .* \[3, 3, 7\] and 4"),
         ({"values_of": "no_such_run"}, "no checkpoint at"),
     ],
 )
@@ -175,26 +180,111 @@ def test_same_seed_same_data_other_seed_other_data(tmp_path):
     assert first.actions.shape != other.actions.shape or (first.actions != other.actions).any()
 
 
-def test_a_killed_collection_goes_on_with_new_episodes(tmp_path, monkeypatch):
-    real, calls = collect_data.DatasetWriter.add, []
+class TwoOrSixty(ParallelEnv):
+    """Episodes of 2 or 60 steps, by chance."""
 
-    def killed(self, rows, episode_over):
-        real(self, rows, episode_over)
-        calls.append(0)
-        if len(calls) == 70:
-            raise KeyboardInterrupt
+    metadata = {"name": "two_or_sixty"}
+    render_mode = None
+    possible_agents = ["a_0", "a_1"]
 
-    monkeypatch.setattr(collect_data.DatasetWriter, "add", killed)
-    with pytest.raises(KeyboardInterrupt):
-        collect(tmp_path, num_steps=1500, name="toy")
+    def observation_space(self, agent):
+        return Box(0, 1, (2,), np.float32)
+
+    def action_space(self, agent):
+        return Discrete(3)
+
+    def reset(self, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        self.agents, self.t = list(self.possible_agents), 0
+        self.length = self.rng.choice([2, 60])
+        return self.observe(), {agent: {} for agent in self.agents}
+
+    def observe(self):
+        return {agent: self.rng.random(2, dtype=np.float32) for agent in self.possible_agents}
+
+    def step(self, actions):
+        self.t += 1
+        over = self.t == self.length
+        rewards = {agent: float(self.rng.random()) for agent in self.agents}
+        flags = dict.fromkeys(self.agents, False), dict.fromkeys(self.agents, bool(over))
+        infos = {agent: {} for agent in self.agents}
+        if over:
+            self.agents = []
+        return self.observe(), rewards, *flags, infos
+
+
+class Killed(BaseException):
+    """As by kill -9: nothing is committed any more."""
+
+
+@pytest.mark.parametrize("segment_steps", [2000, 20_000])
+def test_kills_change_nothing_of_what_is_collected(tmp_path, monkeypatch, segment_steps):
+    """Were the episodes in flight lost at each kill, those of 60 steps would be rarer than those of 2."""
+    args = {"env_id": "tests.test_collect_data:TwoOrSixty", "num_envs": 8, "num_steps": 6000}
+    monkeypatch.setattr(collect_data, "SEGMENT_STEPS", segment_steps)
+    monkeypatch.setattr("dataset.COMMIT_SECONDS", 0.0)
+    whole = collect(tmp_path / "whole", **args)
+    share_long = (whole.episode_lengths == 60).mean()
+    assert 0.3 < share_long < 0.7 and set(whole.episode_lengths) == {2, 60}
+
+    real, rng, num_kills = collect_data.DatasetWriter.add, np.random.default_rng(1), 0
+    for _ in range(10):
+        left = [int(rng.integers(20, 200))]
+
+        def killed(self, rows, episode_over, left=left):
+            real(self, rows, episode_over)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+
+        monkeypatch.setattr(collect_data.DatasetWriter, "add", killed)
+        try:
+            collect(tmp_path / "killed", **args, resume=True)
+        except Killed:
+            num_kills += 1
+    assert num_kills == 10
     monkeypatch.setattr(collect_data.DatasetWriter, "add", real)
-    with pytest.raises(ValueError, match="--resume"):
-        collect(tmp_path, num_steps=1500, name="toy")
-    data = collect(tmp_path, num_steps=1500, name="toy", resume=True)
-    assert data.num_steps >= 1500
+    data = collect(tmp_path / "killed", **args, resume=True)
+    for name in row_fields(whole.meta):
+        np.testing.assert_array_equal(getattr(data, name), getattr(whole, name))
     check_alignment(data)
-    starts = data.observations[data.episode_starts[:-1], 0].reshape(len(data.episode_lengths), -1)
-    assert len(np.unique(starts, axis=0)) == len(starts)  # no episode twice
+
+
+def test_a_killed_collection_is_continued_only_when_asked(tmp_path, monkeypatch):
+    def killed(self, rows, episode_over):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect_data.DatasetWriter, "add", killed)
+        with pytest.raises(Killed):
+            collect(tmp_path, name="toy")
+    with pytest.raises(UsageError, match="--resume"):
+        collect(tmp_path, name="toy")
+    data = collect(tmp_path, name="toy", resume=True)
+    picture = data.path / "summary.png"
+    picture.unlink()
+    again = collect(tmp_path, name="toy", resume=True)  # done: only what comes after it is done again
+    assert picture.stat().st_size > 0 and again.meta == data.meta
+
+
+def test_sigterm_lets_a_collection_save_and_say_how_to_go_on(tmp_path):
+    flags = ["--env-id", "stag_hunt", "--no-cuda", "--num-envs", "4", "--num-steps", "100000000", "--name", "toy"]
+    command = [sys.executable, "collect_data.py", *flags, "--data-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("collecting")
+    while not json.loads((tmp_path / "toy.partial" / "progress.json").read_text())["num_steps"]:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    progress = json.loads((tmp_path / "toy.partial" / "progress.json").read_text())
+    again = (
+        f"python collect_data.py --env-id stag_hunt --num-steps 100000000 --num-envs 4 --no-cuda --data-dir {tmp_path}"
+    )
+    saved = f"{progress['num_steps']} steps in {progress['num_episodes']} episodes saved in {tmp_path / 'toy.partial'}"
+    assert said.splitlines()[-1] == f"stopped; {saved}; go on with: {again} --name toy --resume"
+    assert list(tmp_path.iterdir()) == [tmp_path / "toy.partial"]  # no lock stays
 
 
 def test_pursuit_and_the_genuine_env(tmp_path):

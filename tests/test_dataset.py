@@ -2,13 +2,28 @@
 
 import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from dataset import DatasetWriter, check_alignment, cli, describe, ego_order, load_dataset, make_meta, rotate_to_ego
-from runs import UsageError
+from dataset import (
+    DatasetWriter,
+    check_alignment,
+    cli,
+    describe,
+    ego_order,
+    load_dataset,
+    make_meta,
+    rotate_to_ego,
+    row_fields,
+    same_data,
+)
+from runs import RunError, UsageError
 
 A, OBS_SHAPE, LENGTHS = 3, (2, 2), (3, 5, 2)  # agents, observation shape, episode length of each of the three envs
 
@@ -94,9 +109,9 @@ def test_an_unfinished_collection_is_no_dataset_and_can_be_continued(tmp_path):
         DatasetWriter(tmp_path / "toy", other, num_envs=3, resume=True)
     writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
     assert writer.num_steps == committed
-    feed(writer, 30)
+    feed(writer, 30)  # the same again: what was committed is not written twice
     data = load_dataset(writer.close())
-    assert data.num_steps == committed + 90
+    assert data.num_steps == 90
     check_alignment(data)
     with pytest.raises(UsageError, match="exists"):
         DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
@@ -126,7 +141,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path):
 
     committed, real = writer.num_steps, writer.files["rewards"]
     writer.files["rewards"] = FullDisk(real)
-    with pytest.raises(UsageError, match="No space left on device.*--resume") as error:
+    with pytest.raises(RunError, match="could not write .*toy.partial: no space left on device") as error:
         feed(writer, 10, first_step=20)
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="unfinished"):
@@ -135,11 +150,17 @@ def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path):
         file.close()
     writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
     assert writer.num_steps == committed
-    feed(writer, 10)
-    check_alignment(load_dataset(writer.close()))
+    feed(writer, 30)
+    data = load_dataset(writer.close())
+    assert data.num_steps == 90
+    check_alignment(data)
 
 
 def rewrite(path, name, change):
+    """Changes a field as whoever writes a wrong one would: with the right checksum, or none."""
+    meta = json.loads((path / "meta.json").read_text())
+    meta["checksums"].pop(name, None)
+    (path / "meta.json").write_text(json.dumps(meta))
     array = np.array(np.load(path / f"{name}.npy"))
     np.save(path / f"{name}.npy", change(array))
 
@@ -208,6 +229,193 @@ def test_nan_observations_are_found(tmp_path):
     rewrite(path, "observations", set_first(np.nan))
     with pytest.raises(UsageError, match="observations.npy: expected finite numbers"):
         load_dataset(path)
+
+
+def flip_a_bit(file, rng):
+    content = bytearray(file.read_bytes())
+    header = 10 + int.from_bytes(content[8:10], "little")
+    position = rng.integers(8 * header, 8 * len(content))
+    content[position // 8] ^= 1 << position % 8
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_of_any_field_is_found(tmp_path, capsys):
+    path = dataset_with_values(tmp_path)
+    rng = np.random.default_rng(1)
+    fields = row_fields(load_dataset(path).meta)
+    assert len(fields) == 13 and cli([str(path)]) == 0
+    for name in fields:
+        file = path / f"{name}.npy"
+        sound = file.read_bytes()
+        for _ in range(5):
+            flip_a_bit(file, rng)
+            assert cli([str(path)]) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and f"{name}.npy" in said
+            if name not in ("observations", "next_observations", "states"):  # these take long: python -m dataset
+                with pytest.raises(UsageError, match=f"{name}.npy"):
+                    load_dataset(path)
+            file.write_bytes(sound)
+    load_dataset(path, every_checksum=True)
+
+
+def test_a_dataset_from_before_there_were_checksums_still_loads(tmp_path):
+    path = tiny_dataset(tmp_path)
+    meta = json.loads((path / "meta.json").read_text())
+    assert sorted(meta.pop("checksums")) == sorted(row_fields(meta)) and meta.pop("segment")
+    (path / "meta.json").write_text(json.dumps(meta))
+    data = load_dataset(path, every_checksum=True)
+    assert data.meta["checksums"] == {}
+    assert same_data(meta, data) and not same_data({**meta, "seed": 5}, data)
+
+
+def test_data_is_known_by_its_content_wherever_it_lies(tmp_path):
+    path = tiny_dataset(tmp_path)
+    saved = load_dataset(path).meta
+    shutil.move(path, tmp_path / "elsewhere")
+    moved = load_dataset(tmp_path / "elsewhere")
+    assert same_data(saved, moved)
+    other = load_dataset(tiny_dataset(tmp_path / "other", break_field=lambda rows: rows["rewards"].fill(2.0)))
+    assert other.meta["num_steps"] == saved["num_steps"] and not same_data(saved, other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_agents": "3"},
+        {"num_agents": -1},
+        {"num_steps": 1e400},
+        {"num_steps": True},
+        {"obs_shape": 5},
+        {"obs_shape": [2, "2"]},
+        {"obs_dtype": "object"},
+        {"obs_dtype": "no_type"},
+        {"num_actions": [4]},
+        {"policies": 3},
+        {"policies": [1, 2]},
+        {"env_kwargs": "{}"},
+        {"env_id": None},
+        {"checksums": [1]},
+        {"segment": {}},
+    ],
+)
+def test_a_malformed_meta_is_one_line(tmp_path, change):
+    path = tiny_dataset(tmp_path)
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({**meta, **change}))
+    with pytest.raises(UsageError, match="meta.json: expected marl-dataset version 1") as error:
+        load_dataset(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '"x"', "3", "\x00"])
+def test_a_meta_that_is_no_json_object_is_one_line(tmp_path, text):
+    path = tiny_dataset(tmp_path)
+    (path / "meta.json").write_text(text)
+    with pytest.raises(UsageError, match="meta.json: expected marl-dataset version 1") as error:
+        load_dataset(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+@pytest.mark.parametrize("name", ["meta.json", "rewards.npy"])
+def test_folders_and_pipes_in_place_of_files_are_one_line(tmp_path, name):
+    path = tiny_dataset(tmp_path)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(UsageError, match="no plain file"):
+        load_dataset(path)
+    (path / name).unlink()
+    (path / name).mkdir()
+    with pytest.raises(UsageError, match="no plain file"):
+        load_dataset(path)
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 118, b"{'descr': '<f4', " + b" " * 101, b"(" * 118])
+def test_a_malformed_header_is_one_line(tmp_path, header):
+    path = tiny_dataset(tmp_path)
+    file = path / "rewards.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:10] + header + content[128:])
+    with pytest.raises(UsageError, match="rewards.npy: expected float32 .*plain numbers") as error:
+        load_dataset(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, place, message",
+    [
+        ("rewards", (1, 2), "rewards of agent 2 in env 1, step 4 of its episode, is nan"),
+        ("observations", (2, 0, 1, 1), "observations of agent 0 in env 2, step 0 of its episode, is nan"),
+        ("next_observations", (0, 1, 0, 0), "next_observations of agent 1 in env 0, step 1 of its episode, is nan"),
+        ("states", (0, 3), "states in env 0, step 1 of its episode, is nan"),
+    ],
+)
+def test_nan_is_refused_when_it_is_written(tmp_path, name, place, message):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta("float32"), num_envs=3)
+    feed(writer, 4)
+
+    def break_field(rows):
+        rows[name] = np.array(rows[name], np.float32)
+        rows[name][place] = np.nan
+
+    with pytest.raises(RunError, match=message):
+        feed(writer, 1, first_step=4, break_field=break_field)
+    writer.release()
+    assert not (tmp_path / "toy").exists()
+
+
+def test_a_collection_that_committed_nothing_begins_when_it_is_resumed(tmp_path):
+    (tmp_path / "toy.partial").mkdir()
+    with pytest.raises(UsageError, match="continue it with --resume or delete it"):
+        DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    for _ in range(2):
+        writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
+        assert writer.num_steps == 0
+        writer.release()
+        (tmp_path / "toy.partial" / "progress.json").unlink()  # killed before it was there
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
+    feed(writer, 30)
+    assert load_dataset(writer.close()).num_steps == 90
+    other = DatasetWriter(tmp_path / "new", tiny_meta(), num_envs=3, resume=True)  # not even the folder was made
+    assert other.num_steps == 0 and not other.finished
+
+
+@pytest.mark.parametrize("moment", ["unlink", "replace"])
+def test_a_collection_that_was_killed_while_it_got_its_name_is_whole(tmp_path, monkeypatch, moment):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **kwargs):
+        if str(args[0]).endswith((".partial", "progress.json")):
+            raise Killed
+        return real(*args, **kwargs)
+
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    feed(writer, 30)
+    where = type(tmp_path) if moment == "unlink" else os
+    real = getattr(where, moment)
+    monkeypatch.setattr(where, moment, killed)
+    with pytest.raises(Killed):
+        writer.close()
+    monkeypatch.undo()
+    assert (tmp_path / "toy.partial").exists() and not (tmp_path / "toy").exists()
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True)
+    assert writer.finished
+    assert load_dataset(writer.close(), every_checksum=True).num_steps == 90
+    assert DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3, resume=True).finished  # also once it has its name
+
+
+def test_two_collections_do_not_write_in_one_folder(tmp_path):
+    writer = DatasetWriter(tmp_path / "toy", tiny_meta(), num_envs=3)
+    program = "import sys; sys.path.insert(0, 'tests'); from test_dataset import *; "
+    program += "DatasetWriter(sys.argv[1], tiny_meta(), num_envs=3, resume=True)"
+    command = [sys.executable, "-c", program, str(tmp_path / "toy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "another process is writing in" in done.stderr
+    feed(writer, 30)
+    assert load_dataset(writer.close(), every_checksum=True).num_steps == 90
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
 
 def test_misaligned_observations_are_found(tmp_path):
@@ -322,9 +530,6 @@ def test_ego_order_by_hand():
 
 
 def test_command_line(tmp_path):
-    import subprocess
-    import sys
-
     path = tiny_dataset(tmp_path)
     done = subprocess.run([sys.executable, "-m", "dataset", str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "90 steps in 31 episodes" in done.stdout and "valid" in done.stdout
