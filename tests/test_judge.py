@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,21 @@ def test_copy_last_scores_exactly_the_printed_floor(data, tmp_path, capsys):
     order += ["Per-channel MSE", "Exact match"]
     found = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in order]
     assert found == sorted(found) and "n_agents=4" in lines[found[1]]
+
+
+def test_the_range_of_psnr_is_from_the_lowest_to_the_highest_value(data, monkeypatch):
+    dataset = load_dataset(data / "stag_hunt")
+    args = judge.Args(max_samples=200, drift_episodes=1)
+    real = judge.make_batch
+
+    def stretched(*args):  # from -5 to 5
+        batch = real(*args)
+        return batch | {"next_obs": 10 * batch["next_obs"].float() - 5}
+
+    monkeypatch.setattr(judge, "make_batch", stretched)
+    result = judge.judge(judge.CopyLast(), dataset, np.arange(4), args, CPU).result
+    assert result["value_range"] == 10.0
+    assert result["psnr"] == pytest.approx(10 * math.log10(100 / result["obs_mse"]), rel=1e-5)
 
 
 def test_psnr_is_pooled_and_its_range_counts():
@@ -300,7 +316,9 @@ def test_checkpoint_is_judged_on_what_its_training_held_out(data, trained, tmp_p
         (["--data", "HUNT", "--checkpoint", "nowhere"], "no checkpoint"),
         (["--data", "HUNT", "--checkpoint", "RUN", "--split", "heldout_policies"], "no held-out episodes left"),
         (["--data", "HUNT", "--checkpoint", "RUN", "--fail-under", "exact_match"], "METRIC=NUMBER"),
-        (["--data", "HUNT", "--checkpoint", "RUN", "--fail-under", "beauty=1"], "'beauty'"),
+        (["--data", "HUNT", "--checkpoint", "RUN", "--fail-under", "exact_match=nan"], "METRIC=NUMBER"),
+        (["--data", "HUNT", "--checkpoint", "RUN", "--json", __file__ + "/a.json"], "cannot write the folder"),
+        (["--data", "HUNT", "--checkpoint", "RUN", "--csv", str(Path(__file__).parent)], "is a folder: name a file"),
         (["--data", "HUNT", "--model", "no.such:thing"], "package.module:factory"),
         (["--data", "HUNT", "--model", f"{__name__}:broken"], "NaN"),
         (["--data", "HUNT", "--model", f"{__name__}:misshapen"], "expected to return next_obs"),
@@ -311,6 +329,29 @@ def test_bad_input_is_one_line_and_exit_code_2(data, trained, capsys, flags, mes
     assert judge.cli([names.get(flag, flag) for flag in flags]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and error.count("\n") == 0 and error.startswith("error: ")
+
+
+def test_an_unknown_number_is_found_before_anything_is_judged(data, trained, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "print_report", lambda *args: pytest.fail("was judged"))
+    flags = ["--data", str(data / "stag_hunt"), "--checkpoint", str(trained), "--fail-under"]
+    assert judge.cli([*flags, "exact_match=1", "exakt_match=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: --fail-under expected one of the JSON's numbers, got 'exakt_match', like exact_match"
+    )
+    known = ["exact_match_10", "seat 3/obs_mse", "policy 2/exact_match", "channel_mse/stags", "copy-last/psnr"]
+    dataset = load_dataset(data / "stag_hunt")
+    judge.refuse_unknown(dict.fromkeys(known, 0.0), dataset, judge.Args(), CPU)
+
+
+def test_what_is_written_gets_its_folders(data, tmp_path):
+    out = tmp_path / "a" / "b"
+    flags = ["--data", str(data / "stag_hunt"), "--model", f"{__name__}:copy_last", "--max-samples", "100"]
+    flags += ["--json", str(out / "x.json"), "--csv", str(out / "c" / "x.csv"), "--out", str(out / "pictures")]
+    assert judge.cli(flags) == 0
+    assert json.loads((out / "x.json").read_text())["all"]["num_samples"] == 100
+    assert (out / "c" / "x.csv").read_text().startswith("split,metric,value")
+    assert (out / "pictures" / "all_triplets.png").stat().st_size > 1000
 
 
 def broken(meta, device):

@@ -1,8 +1,11 @@
 """Samples, networks, losses and the training loop of pretrain_vae.py."""
 
 import csv
+import errno
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -499,8 +502,108 @@ def test_resume_refuses_a_contradiction(data_dir, tmp_path, capsys):
     run_dir = train(data_dir, tmp_path)
     assert pv.cli(["--resume", str(run_dir), "--epochs", "2", "--latent-size", "7"]) == 2
     assert "--latent-size 7 contradicts the checkpoint's 4" in capsys.readouterr().err
-    assert pv.cli(["--resume", str(run_dir)]) == 2
-    assert "already done 1 epochs" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_resumed_to_do_what_comes_after_training_again(data_dir, tmp_path, capsys):
+    run_dir = train(data_dir, tmp_path, loss="both")
+    before = (run_dir / "latest.pt").read_bytes(), (run_dir / "metrics.csv").read_bytes()
+    closing = ("probe.csv", "best.pt")
+    probe = (run_dir / "probe.csv").read_bytes()
+    for name in closing:
+        (run_dir / name).unlink()
+    capsys.readouterr()
+    assert pv.cli(["--resume", str(run_dir)]) == 0
+    said = capsys.readouterr()
+    assert "has no best.pt: its latest.pt is taken" in said.err and f"done: {run_dir}" in said.out
+    assert (run_dir / "probe.csv").read_bytes() == probe  # of one epoch the latest is the best
+    assert ((run_dir / "latest.pt").read_bytes(), (run_dir / "metrics.csv").read_bytes()) == before
+
+
+def test_a_run_finds_its_data_where_it_has_moved(data_dir, tmp_path, capsys):
+    here = tmp_path / "here"
+    shutil.copytree(data_dir, here)
+    run_dir = train(here, tmp_path)
+    here.rename(tmp_path / "there")
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "2"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: expected a dataset in {here}")
+    other = collect(tmp_path, policies=("nearest_stag", "nearest_hare", "random"), name="other", seed=2)
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "2", "--data", str(other)]) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "2", "--data", str(tmp_path / "there")]) == 0
+    saved = pv.load_checkpoint(run_dir)
+    assert saved["epoch"] == 2 and saved["args"]["data"] == str(tmp_path / "there")
+
+
+def test_a_run_that_another_process_writes_is_left_alone(data_dir, tmp_path, capsys):
+    run_dir = train(data_dir, tmp_path)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    program = "import runs, sys, time; from pathlib import Path; runs.keep_folder(Path(sys.argv[1]), 'again'); "
+    program += "print('kept', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", program, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "kept\n"
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"another process is writing in {run_dir}" in said
+    pv.load_vae(run_dir)  # reading needs no lock
+    other.kill()
+    other.wait()
+    (run_dir / "run.lock").unlink()
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_weights_that_are_none_are_refused_in_one_line(data_dir, tmp_path, capsys):
+    run_dir = train(data_dir, tmp_path)
+    saved = pv.load_checkpoint(run_dir)
+    saved["model"]["policy.0.bias"][3] = float("nan")
+    for name in ("latest.pt", "best.pt"):
+        torch.save(saved, run_dir / name)
+    with pytest.raises(ValueError, match="best.pt: its VAE is NaN or infinite at policy.0.bias"):
+        pv.load_vae(run_dir)
+    assert pv.cli(["--resume", str(run_dir), "--epochs", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "its VAE is NaN or infinite at policy.0.bias" in said
+
+
+def test_an_interrupt_after_training_says_what_is_saved(data_dir, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise runs.Terminated
+
+    monkeypatch.setattr(pv, "report", interrupted)
+    flags = ["--data", str(data_dir), "--runs-dir", str(tmp_path), "--no-cuda", "--epochs", "1", "--hidden-size", "8"]
+    assert pv.cli(flags) == 143
+    (run_dir,) = tmp_path.iterdir()
+    again = f"python pretrain_vae.py --resume {run_dir}"
+    assert capsys.readouterr().err == f"terminated; 1 of 1 epochs saved in {run_dir}; go on with: {again}\n"
+    monkeypatch.undo()
+    assert pv.cli(["--resume", str(run_dir)]) == 0
+    assert (run_dir / "probe.csv").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(data_dir, tmp_path, monkeypatch, capsys):
+    whole = train(data_dir, tmp_path / "whole", epochs=2)
+    real, calls = runs.write_bytes, []
+
+    def full(path, content):
+        calls.append(path.name)
+        if len(calls) == 4:  # args.json, best.pt and latest.pt of the first epoch are written
+            monkeypatch.setattr(runs.os, "fsync", no_space)
+        real(path, content)
+
+    def no_space(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sync = os.fsync
+    monkeypatch.setattr(runs, "write_bytes", full)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name not in ("cuda", "epochs")]
+    flags += ["--no-cuda", "--epochs", "2", "--data", str(data_dir), "--runs-dir", str(tmp_path / "full")]
+    assert pv.cli(flags) == 1
+    said = capsys.readouterr().err
+    (run_dir,) = (tmp_path / "full").iterdir()
+    assert said.count("\n") == 1 and ": no space left on device; 1 of 2 epochs saved in " in said
+    assert said.endswith(f"go on with: python pretrain_vae.py --resume {run_dir}\n")
+    monkeypatch.setattr(runs.os, "fsync", sync)
+    assert pv.cli(["--resume", str(run_dir)]) == 0
+    assert_same_run(run_dir, whole)
 
 
 def test_data_larger_than_memory_is_streamed(data_dir, tmp_path, capsys):
