@@ -55,13 +55,17 @@ class Args:
     backend: Literal["auto", "pettingzoo", "batched"] = "auto"
     """what steps the envs: auto takes the batched twin where there is one"""
     policies: tuple[str, ...] = ("random",)
-    """who plays: random (any env), a scripted stag hunt partner, or the run folder of a hyper_mappo.py checkpoint"""
+    """who plays: random (any env), a scripted player of the env, or the run folder of a hyper_mappo.py checkpoint"""
     values_of: str | None = None
     """run folder of hyper_mappo.py whose critic says what it expects from each step on; None: no values"""
     num_steps: int = 100_000
     """env steps to record at least; episodes in flight by then are played to the end and recorded too"""
     num_envs: int = 64
     """environments stepped side by side"""
+    env_timeout: float = 60.0
+    """seconds that a worker process of genuine envs has for a step or reset; 0: as long as it takes"""
+    episode_limit: int = 20_000
+    """env steps after which an episode of a genuine env is cut, as by a time limit; 0: never"""
     seed: int = 1
     """seed of envs, seating and action sampling"""
     cuda: bool = True
@@ -77,6 +81,7 @@ class Args:
 # What numbers must be.
 LIMITS = {
     "at least 1": (lambda x: x >= 1, "num_steps num_envs"),
+    "at least 0": (lambda x: x >= 0, "env_timeout episode_limit"),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
 }
 
@@ -363,7 +368,8 @@ def main(args: Args) -> Path:
 
     # ---- envs
     device = get_device(args.cuda)
-    env = make_vec_env(checked_env, args.num_envs, device, args.seed)
+    limits = {"env_timeout": args.env_timeout, "episode_limit": args.episode_limit}
+    env = make_vec_env(checked_env, args.num_envs, device, args.seed, **limits)
 
     # ---- networks
     for policy in args.policies:
@@ -375,6 +381,7 @@ def main(args: Args) -> Path:
 
     # ---- storage
     discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    in_parts = isinstance(env.action_space, gym.spaces.MultiDiscrete)
     meta = make_meta(
         env_id=env.env_id,
         env_kwargs=env_kwargs,
@@ -387,6 +394,7 @@ def main(args: Args) -> Path:
         action_shape=env.action_space.shape,
         has_masks=env.reset(args.seed).action_mask is not None,
         policies=list(args.policies),
+        nvec=env.action_space.nvec.tolist() if in_parts else None,
         seed=args.seed,
         values_of=values_of,
     )

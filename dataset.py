@@ -6,12 +6,13 @@ together in time order, and only whole episodes are stored. S rows, E episodes, 
     observations       [S, A, *O]  what each agent saw before the step; zero for agents that have left
     next_observations  [S, A, *O]  what it saw after the step (the true last one where the episode ended)
     states             [S, *S]     global state before the step
-    actions            [S, A]      int64, as executed, -1 for agents that have left; continuous: float32 [S, A, D], 0
+    actions            [S, A]      int64, as executed, -1 for agents that have left; of several parts (MultiDiscrete):
+                                   [S, A, D]; continuous: float32 [S, A, D], 0
     rewards            [S, A]      float32
     terminations       [S, A]      bool, the rules ended this agent's episode in this step
     truncations        [S]         bool, the time limit was hit in this step
     active             [S, A]      bool, the agent took part in this step
-    action_masks       [S, A, n]   bool, legal actions (only where the env has a mask)
+    action_masks       [S, A, n]   bool, legal actions (only where the env has a mask); parts side by side
     timesteps          [S]         int64, 0 at the start of each episode
     episode_ids        [S]         int64, 0, 0, ..., 1, 1, ...
     policy_ids         [S, A]      int64, index into meta["policies"]: who sat in that seat
@@ -39,7 +40,7 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from envs.stag_hunt import ego_order
+from envs.grid_game import ego_order
 from runs import RunError, UsageError, cannot_write, keep_folder, sync_to_disk, write_json
 
 FORMAT = "marl-dataset"
@@ -70,10 +71,12 @@ def make_meta(
     policies: list[str],
     seed: int,
     values_of: str | None = None,
+    nvec: list[int] | None = None,
 ) -> Meta:
     """Everything that is known about a dataset before its first row.
 
-    num_actions is None for continuous actions, values_of the run whose critic fills `values`.
+    num_actions is None for continuous actions and for those of several parts, whose numbers of actions are nvec;
+    values_of is the run whose critic fills `values`.
     """
     return {
         "format": FORMAT,
@@ -86,6 +89,7 @@ def make_meta(
         "state_shape": list(state_shape),
         "state_dtype": state_dtype,
         "num_actions": num_actions,
+        "nvec": nvec,
         "action_shape": list(action_shape),
         "has_masks": has_masks,
         "has_values": values_of is not None,
@@ -115,7 +119,7 @@ def row_fields(meta: Meta) -> dict[str, Field]:
     agents = (meta["num_agents"],)
     obs_shape = agents + tuple(meta["obs_shape"])
     action_shape = agents + tuple(meta["action_shape"])
-    continuous = meta["num_actions"] is None
+    continuous = is_continuous(meta)
     fields = {
         "observations": (meta["obs_dtype"], obs_shape),
         "next_observations": (meta["obs_dtype"], obs_shape),
@@ -130,10 +134,19 @@ def row_fields(meta: Meta) -> dict[str, Field]:
         "policy_ids": ("int64", agents),
     }
     if meta["has_masks"]:
-        fields["action_masks"] = ("bool", agents + (meta["num_actions"],))
+        fields["action_masks"] = ("bool", agents + (sum(actions_of_parts(meta)),))
     if meta.get("has_values"):  # older datasets do not say
         fields["values"] = ("float32", agents)
     return {name: Field(np.dtype(dtype), shape) for name, (dtype, shape) in fields.items()}
+
+
+def is_continuous(meta: Meta) -> bool:
+    return meta["num_actions"] is None and not meta.get("nvec")
+
+
+def actions_of_parts(meta: Meta) -> list[int]:
+    """How many actions each part of an action has; one part for plain discrete actions."""
+    return meta.get("nvec") or [meta["num_actions"]]
 
 
 class DatasetWriter:
@@ -306,8 +319,7 @@ class DatasetWriter:
         length = len(active)
         fields["timesteps"] = np.arange(length)
         fields["episode_ids"] = np.full(length, self.meta["num_episodes"])
-        continuous = self.meta["num_actions"] is None
-        fields["actions"][~active] = 0 if continuous else -1
+        fields["actions"][~active] = 0 if is_continuous(self.meta) else -1
         if "values" in fields:
             fields["values"][~active] = 0
         for name, field in self.fields.items():
@@ -568,6 +580,8 @@ def _check_meta(meta: Meta) -> None:
     require(
         meta["num_actions"] is None or (type(meta["num_actions"]) is int and meta["num_actions"] > 0), "num_actions"
     )
+    nvec = meta["nvec"]
+    require(nvec is None or (isinstance(nvec, list) and all(type(n) is int and n > 0 for n in nvec)), "nvec")
     for name in ("env_kwargs", "checksums", "segment"):
         require(isinstance(meta[name], dict), name)
     require(isinstance(meta["env_id"], str), "env_id")
@@ -583,7 +597,7 @@ def _with_defaults(meta: Meta) -> Meta:
     segment = {"number": 0, "first_episode": 0, "first_step": 0}
     if "segment" not in meta:  # a collection that was begun before: what it has is a segment of its own
         segment = {"number": 1, "first_episode": meta["num_episodes"], "first_step": meta["num_steps"]}
-    return {"has_values": False, "values_of": None, "checksums": {}, "segment": segment, **meta}
+    return {"has_values": False, "values_of": None, "nvec": None, "checksums": {}, "segment": segment, **meta}
 
 
 def _open_field(file: Path, field: Field, num_steps: int) -> np.ndarray:
@@ -640,14 +654,18 @@ def _check_episodes(dataset: Dataset) -> None:
 
 
 def _check_actions(dataset: Dataset) -> None:
-    num_actions, actions = dataset.meta["num_actions"], dataset.actions
-    if num_actions is not None:
-        in_range = (actions >= 0) & (actions < num_actions)
-        right = np.where(dataset.active, in_range, actions == -1)
-        _require(dataset, right.all(), "actions", f"0 ... {num_actions - 1}, and -1 for agents that have left")
+    if is_continuous(dataset.meta):
+        return
+    sizes = np.array(actions_of_parts(dataset.meta))  # [D]
+    actions = dataset.actions.reshape(*dataset.active.shape, len(sizes))  # [S, A, D]
+    in_range = ((actions >= 0) & (actions < sizes)).all(2)
+    right = np.where(dataset.active, in_range, (actions == -1).all(2))
+    numbers = " and ".join(f"0 ... {size - 1}" for size in sizes)
+    _require(dataset, right.all(), "actions", f"{numbers}, and -1 for agents that have left")
     if dataset.action_masks is not None:
-        index = np.maximum(actions, 0)[..., None]
-        legal = np.take_along_axis(dataset.action_masks, index, axis=2)[..., 0]
+        first = sizes.cumsum() - sizes  # where in the mask each part begins
+        index = first + np.maximum(actions, 0)
+        legal = np.take_along_axis(dataset.action_masks, index, axis=2).all(2)
         legal_or_left = legal | ~dataset.active
         _require(dataset, legal_or_left.all(), "actions", "legal actions according to action_masks")
 

@@ -38,7 +38,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 # Of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD and what keep_freed_memory sets them to, in bytes
 MALLOC_OPTIONS = {-3: 32 << 20, -1: 1 << 30, -2: 64 << 20}
-MAX_NAME_BYTES = 150  # of what a user names; with what is added a file name stays below the 255 of most systems
+MAX_NAME_BYTES = 200  # of what a user names; with what is added a file name stays below the 255 of most systems
 # What the system says when there is no room or no permission: not the program's fault
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -188,9 +188,10 @@ def new_run_dir(runs_dir: str | Path, env_id: str, exp_name: str, seed: int) -> 
         except OSError as error:
             if run_dir.is_dir():
                 continue  # another run was faster
-            raise UsageError(
-                f"cannot write the run folder {run_dir} ({error.strerror}): choose another --runs-dir"
-            ) from None
+            instead = "choose another --runs-dir"
+            if error.errno == errno.ENAMETOOLONG:
+                instead = "give a shorter --exp-name"
+            raise UsageError(f"cannot write the run folder {run_dir} ({error.strerror}): {instead}") from None
 
 
 @dataclass

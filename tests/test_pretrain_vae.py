@@ -21,7 +21,8 @@ import opponent_scores
 import pretrain_vae as pv
 import runs
 from dataset import load_dataset
-from envs.stag_hunt import MOVES, StagHuntVecEnv, action_probs, preset_options
+from envs.grid_game import MOVES
+from envs.stag_hunt import StagHuntVecEnv, action_probs, preset_options
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "history_size": 16, "latent_size": 4, "epochs": 1, "batch_size": 256, "cuda": False}

@@ -115,11 +115,16 @@ def test_names_keep_the_letters_of_every_script():
     assert runs.safe_name("a:b/c d") == "a-b-c-d"
     for name in ("追跡_1", "हिन्दी", "Größe", "Gro\u0308ße"):
         assert runs.safe_name(name) == name
-    with pytest.raises(runs.UsageError, match="takes 300 bytes, at most 150: give a shorter one"):
+    with pytest.raises(runs.UsageError, match="takes 300 bytes, at most 200: give a shorter one"):
         runs.safe_name(300 * "a")
     for name in ("", ".", "..", "-"):
         with pytest.raises(runs.UsageError, match="holds no letter or number"):
             runs.safe_name(name)
+
+
+def test_a_name_that_is_too_long_for_the_disk_says_so(tmp_path):
+    with pytest.raises(runs.UsageError, match="cannot write the run folder .*: give a shorter --exp-name"):
+        runs.new_run_dir(tmp_path, 100 * "a", 150 * "b", 1)
 
 
 # --------------------------------------------------------------------------------------------- locks

@@ -1,0 +1,281 @@
+"""Kills the writing scripts, resumes them, and compares with a run that was never killed.
+
+    python benchmark/faults.py --minutes 10
+
+Every trial is a tiny run in a process of its own that is killed with SIGKILL: either just before its k-th file
+operation (opening to write, renaming, deleting, making a folder), for every k, or at a random moment. Then it is
+resumed, or begun again where it had saved nothing, and must end with the same weights, metrics or rows as the run that
+was never killed. "lost" counts the trials where it did not. Needs os.fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+NOT_COMPARED = ("charts/SPS", "charts/samples_per_second")  # speeds
+WRITING = os.O_WRONLY | os.O_RDWR
+
+
+@dataclass
+class Args:
+    minutes: float = 10.0
+    """how long all trials may take together"""
+    scripts: tuple[str, ...] = ("collect_data", "pretrain_vae", "world_model", "hyper_mappo")
+    """which scripts"""
+    seed: int = 1
+    """seed of the random moments"""
+    keep: bool = False
+    """leave the folders of lost trials where they are"""
+
+
+class Script(NamedTuple):
+    """A tiny run of a script, and what is left of it."""
+
+    flags: list[str]
+    folder_flag: str
+    result: Callable[[Path], Any]  # folder -> what must be equal
+
+
+def scripts(data: Path) -> dict[str, Script]:
+    collect = "--env-id stag_hunt --num-steps 800 --num-envs 8 --policies nearest_stag random --no-cuda --name toy"
+    vae = f"--data {data} --epochs 3 --hidden-size 16 --history-size 8 --latent-size 4 --batch-size 256 --no-cuda"
+    world = f"--data {data} --total-updates 30 --eval-interval 10 --hidden-size 8 --batch-size 32 --no-cuda"
+    mappo = "--env-id stag_hunt --total-timesteps 1024 --num-envs 8 --num-steps 32 --num-minibatches 2 --save-every 1"
+    mappo += " --hidden-size 16 --eval-episodes 2 --num-env-procs 0 --no-cuda --num-threads 1 --update-threads 1"
+    return {
+        "collect_data": Script(collect.split(), "--data-dir", dataset_rows),
+        "pretrain_vae": Script(vae.split(), "--runs-dir", weights_and_metrics),
+        "world_model": Script(world.split(), "--runs-dir", weights_and_metrics),
+        "hyper_mappo": Script(mappo.split(), "--runs-dir", weights_and_metrics),
+    }
+
+
+# ---------------------------------------------------------------- what must be equal
+def dataset_rows(folder: Path) -> dict[str, np.ndarray]:
+    from dataset import load_dataset, row_fields
+
+    data = load_dataset(folder / "toy", every_checksum=True)
+    return {name: np.array(getattr(data, name)) for name in row_fields(data.meta)}
+
+
+def weights_and_metrics(folder: Path) -> dict[str, Any]:
+    """Every tensor of the checkpoints but those of random numbers, and every logged number but speeds."""
+    (run_dir,) = (path for path in folder.iterdir() if (path / "latest.pt").exists())
+    result: dict[str, Any] = {}
+    for name in ("latest.pt", "best.pt"):
+        if (run_dir / name).exists():
+            checkpoint = torch.load(run_dir / name, weights_only=True)
+            parts = {key: value for key, value in checkpoint.items() if key not in ("args", "data_meta")}
+            tensors = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, torch.Tensor)]
+            result |= {f"{name} {i}": tensor.numpy() for i, tensor in enumerate(tensors)}
+    with open(run_dir / "metrics.csv", newline="") as file:
+        for i, row in enumerate(csv.DictReader(file)):
+            for name, value in row.items():
+                if name not in NOT_COMPARED:
+                    result[f"row {i} {name}"] = np.array(value)
+    result["pictures"] = np.array(sorted(path.name for path in run_dir.glob("*.png")))
+    return result
+
+
+def difference(expected: dict[str, Any], given: dict[str, Any]) -> str | None:
+    """The first thing that differs; None: nothing does."""
+    if expected.keys() != given.keys():
+        return f"other parts: {sorted(expected.keys() ^ given.keys())[:3]}"
+    for name, value in expected.items():
+        if not np.array_equal(value, given[name], equal_nan=value.dtype.kind == "f"):
+            return f"another {name}"
+    return None
+
+
+# ---------------------------------------------------------------- processes
+def run_in_child(name: str, argv: list[str], log: Path, watch: Path, kill_at: int = 0, seconds: float = 0.0) -> int:
+    """cli(argv) of a script in a forked process: -> its exit code, negative where a signal ended it.
+
+    kill_at: before which file operation under `watch` it is killed, seconds: after how much time; 0: not at all
+    """
+    pid = os.fork()
+    if pid:
+        if seconds:
+            time.sleep(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        return os.waitstatus_to_exitcode(status)
+    code = 99
+    try:
+        output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        count_operations(watch, kill_at, log)
+        code = importlib.import_module(name).cli(argv)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def count_operations(watch: Path, kill_at: int, log: Path) -> None:
+    """Watches this process' file operations under a folder: kills it before one, or writes down how many there are."""
+    counter = itertools.count(1)
+    count_file = os.open(log.with_suffix(".count"), os.O_CREAT | os.O_WRONLY)
+
+    def hook(event: str, details: tuple) -> None:
+        if event == "open":
+            path, _, flags = details
+            if not isinstance(flags, int) or not flags & WRITING:
+                return
+        elif event in ("os.rename", "os.remove", "os.mkdir", "os.truncate"):
+            path = details[0]
+        else:
+            return
+        if not str(path).startswith(str(watch)):
+            return
+        number = next(counter)
+        if number == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.pwrite(count_file, str(number).encode(), 0)
+
+    sys.addaudithook(hook)
+
+
+# ---------------------------------------------------------------- trials
+class Trials(NamedTuple):
+    """What came of the trials of one script."""
+
+    kind: str
+    tried: int
+    killed: int
+    lost: list[str]
+
+
+class Bench:
+    """The trials of one script."""
+
+    def __init__(self, name: str, script: Script, folder: Path, keep: bool):
+        self.name, self.script, self.folder, self.keep = name, script, folder, keep
+        self.number = 0
+        whole = folder / f"{name}-whole"
+        whole.mkdir()
+        started = time.perf_counter()
+        code = run_in_child(name, self.command(whole), folder / f"{name}.log", whole)
+        self.seconds = time.perf_counter() - started
+        if code:
+            raise SystemExit(f"{name} does not run: {(folder / f'{name}.log').read_text()}")
+        self.num_operations = int((folder / f"{name}.count").read_text())
+        self.expected = script.result(whole)
+
+    def command(self, folder: Path) -> list[str]:
+        return [*self.script.flags, self.script.folder_flag, str(folder)]
+
+    def trial(self, kill_at: int = 0, seconds: float = 0.0) -> tuple[bool, str | None]:
+        """-> whether it was killed, and what was lost (None: nothing)"""
+        self.number += 1
+        folder = self.folder / f"{self.name}-{self.number}"
+        folder.mkdir()
+        log = folder.with_suffix(".log")
+        code = run_in_child(self.name, self.command(folder), log, folder, kill_at, seconds)
+        killed = code == -signal.SIGKILL
+        lost = None if killed or not code else f"exit code {code} before it was killed"
+        if killed:
+            lost = self.go_on(folder, log)
+        if lost is None:
+            try:
+                lost = difference(self.expected, self.script.result(folder))
+            except Exception as error:
+                lost = f"{type(error).__name__}: {error}"
+        if lost is None or not self.keep:
+            shutil.rmtree(folder)
+        return killed, lost
+
+    def go_on(self, folder: Path, log: Path) -> str | None:
+        """Resumes, or begins again where nothing was saved: -> what went wrong"""
+        command = self.command(folder)
+        saved = [path.parent for path in folder.glob("*/latest.pt")]
+        if self.name == "collect_data":
+            command.append("--resume")
+        elif saved:
+            command = ["--resume", str(saved[0]), "--no-cuda"]
+        code = run_in_child(self.name, command, log, folder)
+        return f"--resume: exit code {code}: {log.read_text()[-300:]}" if code else None
+
+
+def run_trials(bench: Bench, seconds: float, seed: int) -> list[Trials]:
+    """Half of the time for kills at file operations (all, or evenly spread), the rest for random moments."""
+    # A trial: up to a whole run, and what was left of it.
+    num_operations = max(1, min(bench.num_operations, int(seconds / 2 / (2 * bench.seconds))))
+    places = np.linspace(1, bench.num_operations, num_operations).round().astype(int).tolist()
+    until = time.perf_counter() + seconds / 2
+    results = []
+    at_operations = itertools.takewhile(lambda _: time.perf_counter() < until, places)
+    results.append(collect_trials(f"file operations (of {bench.num_operations})", bench, at_operations, "kill_at"))
+    rng = random.Random(seed)
+    until = time.perf_counter() + seconds / 2
+    moments = (rng.uniform(0, bench.seconds) for _ in itertools.count())
+    at_random = itertools.takewhile(lambda _: time.perf_counter() < until, moments)
+    results.append(collect_trials("random moments", bench, at_random, "seconds"))
+    return results
+
+
+def collect_trials(kind: str, bench: Bench, values: Any, argument: str) -> Trials:
+    tried, num_killed, lost = 0, 0, []
+    for value in values:
+        killed, what = bench.trial(**{argument: value})
+        tried += 1
+        num_killed += killed
+        if what is not None:
+            lost.append(f"{bench.name} {argument}={value}: {what}")
+            print(f"LOST {lost[-1]}", file=sys.stderr)
+    return Trials(kind, tried, num_killed, lost)
+
+
+def main(args: Args) -> int:
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    for name in args.scripts:
+        importlib.import_module(name)  # once: the children are forks
+    data_folder = folder / "data"
+    data_folder.mkdir()
+    table = scripts(data_folder / "toy")
+    flags = [*table["collect_data"].flags, "--data-dir", str(data_folder)]
+    if run_in_child("collect_data", flags, folder / "data.log", data_folder):
+        raise SystemExit((folder / "data.log").read_text())
+    num_lost = 0
+    print("| script | killed at | trials | killed | survived | lost |\n|---|---|---|---|---|---|")
+    for name in args.scripts:
+        started = time.perf_counter()
+        bench = Bench(name, table[name], folder, args.keep)
+        left = 60 * args.minutes / len(args.scripts) - (time.perf_counter() - started)
+        for result in run_trials(bench, max(left, bench.seconds), args.seed):
+            lost = len(result.lost)
+            num_lost += lost
+            survived = result.tried - lost
+            print(f"| {name} | {result.kind} | {result.tried} | {result.killed} | {survived} | {lost} |", flush=True)
+    if not (num_lost and args.keep):
+        shutil.rmtree(folder)
+    return 1 if num_lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))
