@@ -269,6 +269,33 @@ def test_a_dataset_from_before_there_were_checksums_still_loads(tmp_path):
     assert same_data(meta, data) and not same_data({**meta, "seed": 5}, data)
 
 
+def test_actions_of_several_parts(tmp_path):
+    meta = make_meta(
+        "toy", {}, A, OBS_SHAPE, "uint8", (4,), "float32", None, (2,), True, ["left", "right"], seed=0, nvec=[4, 3]
+    )
+
+    def in_parts(rows):
+        rows["actions"] = np.stack([rows["actions"], rows["actions"] % 3], 2)  # [N, A, 2]
+        rows["action_masks"] = np.zeros((3, A, 7), bool)
+        for part, first in ((0, 0), (1, 4)):
+            np.put_along_axis(rows["action_masks"], first + rows["actions"][..., part, None], True, 2)
+
+    writer = DatasetWriter(tmp_path / "toy", meta, num_envs=3)
+    feed(writer, 30, break_field=in_parts)
+    path = writer.close()
+    data = load_dataset(path)
+    assert data.actions.shape == (90, A, 2) and data.actions.dtype == np.int64
+    assert (data.actions[~data.active] == -1).all() and (data.actions[data.active].max(0) == [3, 2]).all()
+    actions = np.array(data.actions)
+    for wrong in ([0, 3], [4, 0], [0, -1]):
+        rewrite(path, "actions", lambda x, wrong=wrong: np.where(np.arange(90)[:, None, None] == 0, wrong, actions))
+        with pytest.raises(UsageError, match=r"0 \.\.\. 3 and 0 \.\.\. 2, and -1"):
+            load_dataset(path)
+    rewrite(path, "actions", lambda x: np.where(data.active[..., None], (actions + 1) % [4, 3], -1))
+    with pytest.raises(UsageError, match="legal actions"):
+        load_dataset(path)
+
+
 def test_data_is_known_by_its_content_wherever_it_lies(tmp_path):
     path = tiny_dataset(tmp_path)
     saved = load_dataset(path).meta
