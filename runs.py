@@ -186,7 +186,7 @@ def new_run_dir(runs_dir: str | Path, env_id: str, exp_name: str, seed: int) -> 
             run_dir.mkdir(parents=True)
             return run_dir
         except OSError as error:
-            if run_dir.is_dir():
+            if os.path.isdir(run_dir):
                 continue  # another run was faster
             instead = "choose another --runs-dir"
             if error.errno == errno.ENAMETOOLONG:
@@ -825,6 +825,9 @@ def command_line(
         print("; ".join(["terminated", *how_to_go_on()]), file=sys.stderr)
         return 143
     except (MemoryError, OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            print(f"error: {str(error.filename)[:60]}...: file name too long", file=sys.stderr)
+            return 2
         reason = fault_of_the_machine(error)
         if reason is None:
             raise

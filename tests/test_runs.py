@@ -127,6 +127,26 @@ def test_a_name_that_is_too_long_for_the_disk_says_so(tmp_path):
         runs.new_run_dir(tmp_path, 100 * "a", 150 * "b", 1)
 
 
+@pytest.mark.parametrize(
+    "script, name",
+    [
+        (pretrain_vae, "data"),
+        (pretrain_vae, "resume"),
+        (hyper_mappo, "evaluate"),
+        (collect_data, "policies"),
+        (collect_data, "name"),
+        (test_obs_reward_model, "checkpoint"),
+        (test_obs_reward_model, "data"),
+    ],
+)
+def test_names_of_300_letters_are_one_line(script, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert script.cli([runs.flag(name), 300 * "x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
 # --------------------------------------------------------------------------------------------- locks
 
 KEEPER = """
