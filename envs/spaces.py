@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 MASK = "action_mask"  # the key of Dict observations and infos that holds the legal actions
-MAX_OPTIONS = 4096  # of one part of an action: more cannot be learnt as a categorical
+MAX_OPTIONS = 65_536  # of one part of an action: more cannot be learnt as a categorical
 
 
 class Unfit(ValueError):
