@@ -42,7 +42,7 @@ def unchecked_array(space: Any, value: Any) -> np.ndarray:
     return np.array(value, space.dtype)
 
 
-def unchecked_state(env: pettingzoo_vec._SubEnv) -> np.ndarray | None:
+def unchecked_state(env: pettingzoo_vec._SubEnv, truncated: bool) -> np.ndarray | None:
     return None if env.spec.state_shape is None else np.array(env.env.state())
 
 

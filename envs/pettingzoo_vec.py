@@ -353,17 +353,20 @@ class _SubEnv(ParallelEnv):
             raise self._wrong(field, Unfit("True or False", _short(flag)), agent)
         return bool(flag)
 
-    def _state(self) -> np.ndarray | None:
+    def _state(self, truncated: bool) -> np.ndarray | None:
         if self.spec.state_shape is None:
             return None
         try:
             state = np.array(self.env.state())  # a copy: the env may write its next state into the same memory
         except Exception as error:  # anyone's env
+            if not self.alive and not truncated:
+                return self.last_state  # multiwalker has none once everyone fell; nothing is bootstrapped from it
             raise RunError(f"{self._here()}: state raised {_in_one_line(error)}") from error
         if state.shape != self.spec.state_shape:
             raise self._wrong("state", Unfit(f"shape {self.spec.state_shape}", f"{state.shape}"))
         if state.dtype.kind not in "biuf" or not np.isfinite(state).all():
             raise self._wrong("state", Unfit("finite numbers", _short(state[~np.isfinite(state)])))
+        self.last_state = state
         return state
 
     def _record(
@@ -379,7 +382,7 @@ class _SubEnv(ParallelEnv):
         return Record(
             active=np.array([agent in self.alive for agent in self.agents]),
             action_mask=self._action_mask(obs, infos),
-            state=self._state(),
+            state=self._state(truncated=any(truncs.values())),
             terminations=np.array([terms.get(agent, False) for agent in self.agents]),
             truncation=any(truncs.values()),
             last_obs=last_obs or {},

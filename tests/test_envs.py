@@ -1157,6 +1157,33 @@ def test_the_traceback_of_the_env_is_kept_for_the_log():
         assert "raise_it" in text and "ZeroDivisionError: by" in text
 
 
+class NoStateAtTheEnd(Faulty):
+    """As multiwalker, whose bodies are gone when the game is over."""
+
+    def state(self):
+        if not self.agents:
+            raise AttributeError("no bodies")
+        return np.full(3, float(self.count))
+
+    def step(self, actions):
+        obs, rewards, terms, truncs, infos = super().step(actions)
+        if self.count == 4:
+            self.agents = []
+        over = dict.fromkeys(terms, self.count == 4)
+        return (obs, rewards, truncs, over, infos) if self.fault == "cut" else (obs, rewards, over, truncs, infos)
+
+
+def test_a_state_that_nothing_is_bootstrapped_from_may_be_missing():
+    env_id = f"{__name__}:NoStateAtTheEnd"
+    env = make_vec_env(env_id, 1, "cpu", 0)
+    steps = [env.step(torch.zeros(1, 2, dtype=torch.int64)) for _ in range(4)]
+    assert steps[-1].terminations.all() and steps[-1].final_state.tolist() == [[3, 3, 3]]
+    env = make_vec_env(env_id, 1, "cpu", 0, fault="cut")
+    with pytest.raises(RunError, match="step 4: state raised AttributeError: no bodies"):
+        for _ in range(4):
+            env.step(torch.zeros(1, 2, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("fault, message", [("state raises", "state raised KeyError"), ("state infinite", "got array")])
 def test_the_state_is_checked(fault, message):
     assert message in str(run_into_fault(fault=fault))
