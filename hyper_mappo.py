@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import math
 import os
 import random
@@ -47,27 +46,46 @@ from torch import Tensor, distributed
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from envs import CheckedEnv, EnvStep, VecEnv, check_env, default_env_procs, individual_kwargs, make_vec_env, num_cpus
+from envs import (
+    ENV_TIMEOUT,
+    EPISODE_LIMIT,
+    CheckedEnv,
+    EnvStep,
+    VecEnv,
+    check_env,
+    default_env_procs,
+    individual_kwargs,
+    make_eval_env,
+    make_vec_env,
+    num_cpus,
+)
 from envs.players import FixedPolicy, Partners, parse_partners, scripted_player
 from pretrain_vae import load_vae
 from runs import (
     Metrics,
     Panel,
+    RunError,
     StopSignal,
     UsageError,
+    command,
     command_line,
     compile_works,
     count_multiply_adds,
     flag,
     get_device,
+    keep_folder,
     keep_freed_memory,
     load_checkpoint,
+    load_weights,
     new_run_dir,
+    parse_env_kwargs,
     plot_learning_curve,
     read_metrics,
     restore_args,
+    run_keeping,
     save_checkpoint,
     start_wandb,
+    whole_file,
     write_json,
 )
 
@@ -75,6 +93,7 @@ CHECKPOINT_FORMAT = "hyper_mappo/3"
 PROBE_ENVS = 16  # envs whose first rollout shows how the policy changes from update to update
 GRADIENT_COSINE_EVERY = 10  # updates
 EVAL_SEED = 1_000_000  # keeps the seeds of evaluation apart from those of training
+EVAL_ENVS = {"pettingzoo": 8, "batched": 128}  # at most, whatever the machine: returns depend on it
 Batch = dict[str, Tensor]
 
 
@@ -114,6 +133,10 @@ class Args:
     """what steps the training envs: auto takes the batched twin where there is one"""
     num_env_procs: int | None = None
     """worker processes of the pettingzoo backend; 0: none; None: one per CPU core (0 on Windows)"""
+    env_timeout: float = ENV_TIMEOUT
+    """seconds that a worker process has for a step or reset of its envs; 0: as long as it takes"""
+    episode_limit: int = EPISODE_LIMIT
+    """env steps after which an episode of a genuine env is truncated; 0: never"""
 
     total_timesteps: int = 3_000_000
     """env steps to train for, summed over envs (one step of one env moves all its agents)"""
@@ -202,7 +225,10 @@ class Args:
     """Adam's learning rate of context and hypernetwork; None: 5e-4, last-layer 1e-4"""
 
     partners: tuple[str, ...] = ()
-    """fixed partners and their number of seats, e.g. nearest_stag:2 runs/RUN_DIR:1; they take the last seats"""
+    """partners and their number of seats, e.g. nearest_stag:2 runs/RUN_DIR:1; they take the last seats. Drawn anew for
+    every episode: pool=nearest_stag,random,runs/RUN_DIR:2 for each seat, same=nearest_stag,random:2 for all of them"""
+    partner_switch: int | None = None
+    """updates after which pools change whom they favour (non-stationarity with a known clock); None: uniform draws"""
     init_from: str | None = None
     """run folder whose policy and critic the training starts from (adaptation)"""
     subgoals: str | None = None
@@ -225,11 +251,13 @@ LIMITS = {
     "at least 1": (
         lambda x: x >= 1,
         "num_threads update_threads num_envs num_steps num_minibatches chunk_length update_epochs hidden_size "
-        "critic_hidden_size context_size context_heads hyper_basis target_sync_interval save_every total_timesteps",
+        "critic_hidden_size context_size context_heads hyper_basis target_sync_interval save_every total_timesteps "
+        "partner_switch",
     ),
     "at least 0": (
         lambda x: x >= 0,
-        "num_env_procs eval_episodes learning_rate hyper_learning_rate ent_coef vf_coef smooth_coef align_coef",
+        "num_env_procs env_timeout episode_limit eval_episodes learning_rate hyper_learning_rate ent_coef vf_coef "
+        "smooth_coef align_coef",
     ),
     "more than 0": (lambda x: x > 0, "clip_coef huber_delta max_grad_norm target_kl"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma gae_lambda team_spirit"),
@@ -241,16 +269,19 @@ ARCHITECTURE = (
     "history context_size context_heads hyper_basis hyper_rank hyper_critic match_params subgoals"
 ).split()
 # What its episodes in flight depend on, too.
-EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_steps partners".split()
+EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_steps partners partner_switch".split()
 FIXED_BY_CHECKPOINT = [*EPISODES_IN_FLIGHT, *ARCHITECTURE]
 # These do nothing without a context, or without a hypernetwork.
 CONTEXT_ONLY = "hyper_context history context_size context_heads chunk_length subgoals".split()
 HYPER_ONLY = (
     "share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval hyper_learning_rate"
 ).split()
+# What a checkpoint holds, beside its format.
+SAVED = "args spec update global_step workers probe target actor critic value_norm optimizer".split()
 # The columns of metrics.csv; a row leaves out what its run or its update does not have.
 COLUMNS = (
-    "update global_step charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate "
+    "update global_step charts/episodic_return charts/episodic_length charts/success_rate charts/SPS "
+    "charts/learning_rate "
     "losses/policy_loss losses/value_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac "
     "losses/smooth_loss losses/align_kl hyper/delta_norm hyper/step_change losses/grad_norm "
     "losses/explained_variance nonstationarity/policy_kl nonstationarity/gradient_cosine"
@@ -1114,6 +1145,33 @@ def compute_gae(
     return advantages, advantages + values
 
 
+def learning_targets(
+    rollout: Batch,
+    last_values: Tensor,
+    args: Args,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+    """What actor and critic learn from a rollout whose last step is followed by states of last_values [N, A].
+
+    -> advantages [T, N, A] (normalised with --norm-adv), returns [T, N, A], the returns' mean and variance, the
+    critic's explained variance. Means are over `learns` [T, N, A] of all processes.
+    """
+    weights = rollout["learns"].float()
+    values = rollout["values"]
+    next_values = torch.cat([values[1:], last_values.unsqueeze(0)])  # [T, N, A]
+    over = rollout["episode_over"].unsqueeze(-1)  # [T, N, 1]
+    next_values = torch.where(over, rollout["cut_values"], next_values)
+    rewards = shared_rewards(rollout["rewards"], rollout["learns"], args.team_spirit)
+    transitions = rewards, values, next_values, rollout["terminations"], rollout["ended"]
+    advantages, returns = compute_gae(*transitions, args.gamma, args.gae_lambda)
+    returns_mean, returns_var = mean_var(returns, weights)
+    _, error_var = mean_var(returns - values, weights)
+    explained_var = 1 - error_var / returns_var.clamp(min=1e-8)
+    if args.norm_adv:
+        advantages_mean, advantages_var = mean_var(advantages, weights)
+        advantages = (advantages - advantages_mean) / (advantages_var.sqrt() + 1e-8)
+    return advantages, returns, (returns_mean, returns_var), explained_var
+
+
 def smoothness(
     actor: Actor,
     code: Tensor,
@@ -1287,6 +1345,11 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def mean_of_all(x: Tensor) -> Tensor:
+    """The mean over all processes."""
+    return all_sum(x) / distributed.get_world_size() if distributed.is_initialized() else x
+
+
 def average_gradients(params: list[nn.Parameter]) -> None:
     """Every process goes on with the mean gradient of all: one exchange of all of them side by side."""
     if not distributed.is_initialized():
@@ -1370,7 +1433,7 @@ class Policy:
         self.args = saved_args(checkpoint, run_dir)
         self.spec, self.device = checkpoint["spec"], torch.device(device)
         self.actor = Actor(self.spec, self.args).to(device).requires_grad_(False)
-        self.actor.load_state_dict(checkpoint["actor"])
+        load_weights(self.actor, checkpoint["actor"], run_dir)
 
     def initial_state(self, num_envs: int) -> Tensor:
         return torch.zeros(num_envs, self.spec["num_agents"], self.actor.memory_size, device=self.device)
@@ -1387,12 +1450,14 @@ class Policy:
 def make_policy(name: str, env: VecEnv) -> Policy | FixedPolicy:
     """A policy that acts in all seats of all envs. UsageError for an unknown name or a policy of another env.
 
-    name: "random" (any env), a scripted player of the env, or a run folder.
+    name: "random" (any env), a scripted player of the env, a run folder or its checkpoint (.pt).
     """
-    if not (Path(name) / "latest.pt").exists():
+    is_checkpoint = name.endswith(".pt") or (Path(name) / "latest.pt").exists()
+    if not is_checkpoint:
         return scripted_player(name, env)
     policy = Policy(name, env.device)
-    shapes = {"obs_shape": list(env.obs_shape), "num_agents": env.num_agents}
+    described = env_spec(env)
+    shapes = {key: described[key] for key in ("obs_shape", "num_agents", "discrete", "num_actions")}
     trained = {key: policy.spec[key] for key in shapes}
     if trained != shapes:
         raise UsageError(f"{name} was trained with {trained}, but {env.env_id} has {shapes}; use its env")
@@ -1407,9 +1472,9 @@ def load_critic(run_dir: str | Path, device: str | torch.device = "cpu") -> Call
     checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT, device)
     args = saved_args(checkpoint, run_dir)
     critic = Critic(checkpoint["spec"], args).to(device)
-    critic.load_state_dict(checkpoint["critic"])
+    load_weights(critic, checkpoint["critic"], run_dir)
     value_norm = ValueNorm(args.value_norm).to(device)
-    value_norm.load_state_dict(checkpoint["value_norm"])
+    load_weights(value_norm, checkpoint["value_norm"], run_dir)
     return functools.partial(state_values, critic, value_norm)
 
 
@@ -1422,7 +1487,8 @@ def evaluate(
     frames: list | None = None,
     partners: Partners | None = None,
 ) -> Batch:
-    """Plays episodes with the forward of training: {"returns": [num_episodes, A], "lengths": [num_episodes]}.
+    """Plays episodes with the forward of training: {"returns": [num_episodes, A], "lengths": [num_episodes]}, and
+    "success" [num_episodes] where episodes can be won, "members" [M, 3] with partners (Partners.member_sums).
 
     Every env plays a fixed share of the episodes, so that short ones are not over-represented.
     `frames` collects the pictures of env 0; `partners` play their seats.
@@ -1430,12 +1496,13 @@ def evaluate(
     torch.manual_seed(seed)
     N = env.num_envs
     shares = [num_episodes // N + (i < num_episodes % N) for i in range(N)]
-    returns, lengths = [], []
+    shares = torch.tensor(shares, device=env.device)  # [N] episodes that are still to be played
+    returns, lengths, successes, members = [], [], [], []
     step = env.reset(seed)
     starts = torch.ones(N, dtype=torch.bool, device=env.device)
     memory = torch.zeros(N, env.num_agents, actor.memory_size, device=env.device)
     bar = tqdm(total=num_episodes, desc="evaluation", unit="episode", disable=None)
-    while len(returns) < num_episodes:
+    while shares.any():
         if frames is not None:
             frames.append(env.render())
         actions, _, _, memory = act(actor, step, starts, memory, deterministic)
@@ -1444,14 +1511,24 @@ def evaluate(
         memory = remember(actor, step, actions, memory)
         step = env.step(actions)
         starts = step.episode_over
-        for i in starts.nonzero().flatten().tolist():
-            if shares[i] > 0:
-                shares[i] -= 1
-                returns.append(step.episode_returns[i].cpu())
-                lengths.append(step.episode_lengths[i].cpu())
-                bar.update()
+        counted = starts & (shares > 0)
+        if not counted.any():
+            continue
+        shares -= counted.long()
+        returns.append(step.episode_returns[counted])
+        lengths.append(step.episode_lengths[counted])
+        if step.success is not None:
+            successes.append(step.success[counted])
+        if partners:
+            members.append(partners.member_sums(step, counted))
+        bar.update(int(counted.sum()))
     bar.close()
-    return {"returns": torch.stack(returns), "lengths": torch.stack(lengths)}
+    played = {"returns": torch.cat(returns), "lengths": torch.cat(lengths)}
+    if successes:
+        played["success"] = torch.cat(successes)
+    if members:
+        played["members"] = sum(members)
+    return {name: x.cpu() for name, x in played.items()}
 
 
 def evaluate_run(
@@ -1461,42 +1538,45 @@ def evaluate_run(
     run_dir: Path,
     device: torch.device,
 ) -> None:
-    """The closing evaluation, always on the genuine env with seeds of its own: prints, eval.json, video.gif."""
+    """The closing evaluation, on the genuine env (where there is one): prints, eval.json, video.gif."""
     seed = args.seed + EVAL_SEED
+    limits = {"env_timeout": args.env_timeout, "episode_limit": args.episode_limit}
     if args.eval_episodes:
-        num_procs = min(env_procs(args), args.eval_episodes)
-        env = make_vec_env(checked, max(1, num_procs), device, seed, "pettingzoo", num_procs)
-        partners = Partners(args.partners, env, make_policy)
+        # As many envs whatever the number of processes, so that it changes nothing.
+        most = EVAL_ENVS["pettingzoo" if checked.genuine else "batched"]
+        rounds = math.ceil(args.eval_episodes / most)
+        num_envs = math.ceil(args.eval_episodes / rounds)
+        num_procs = min(env_procs(args), num_envs)
+        env = make_eval_env(checked, num_envs, device, seed, num_procs, **limits)
+        partners = Partners(args.partners, env, make_policy, seed)
         played = evaluate(actor, env, args.eval_episodes, seed, args.eval_deterministic, partners=partners)
         env.close()
-        report = evaluation_report(played, partners.first_seat)
+        report = evaluation_report(played, partners)
         described = {"env_id": env.env_id, "backend": env.backend, "seed": seed}
         described["deterministic"] = args.eval_deterministic
         write_json(run_dir / "eval.json", {**described, **report})
-        result = f"return per agent {report['mean_return']:.2f}"
-        if report["interval_95"] is not None:
-            result += f" ± {report['interval_95']:.2f} (95 % interval)"
-        result += f", {args.eval_episodes} episodes of mean length {report['mean_length']:.0f}"
-        print(f"evaluation on genuine {env.env_id}: {result}")
+        kind = "genuine" if checked.genuine else "batched"
+        print(f"evaluation on {kind} {env.env_id}: {evaluation_line(report)}")
     if args.capture_video:
-        env = make_vec_env(checked, 1, device, seed, "pettingzoo", render_mode="rgb_array")
-        partners = Partners(args.partners, env, make_policy)
+        env = make_eval_env(checked, 1, device, seed, render=True, **limits)
+        partners = Partners(args.partners, env, make_policy, seed)
         frames: list[np.ndarray] = []
         evaluate(actor, env, 1, seed, args.eval_deterministic, frames, partners)
         env.close()
-        imageio.mimsave(run_dir / "video.gif", frames, duration=60, loop=0)
+        with whole_file(run_dir / "video.gif") as path:
+            imageio.mimsave(path, frames, duration=60, loop=0)
         print(f"video    {run_dir / 'video.gif'} ({len(frames)} frames)")
 
 
-def evaluation_report(played: Batch, first_seat: int) -> dict:
-    """What `evaluate` returned, in numbers; the return is that of the seats before first_seat, who learn."""
+def evaluation_report(played: Batch, partners: Partners) -> dict:
+    """What `evaluate` returned, in numbers; the return is that of the seats that learn."""
     returns = played["returns"]  # [episodes, A]
-    team = returns[:, :first_seat].mean(dim=1)  # [episodes, A] -> [episodes]
+    team = returns[:, partners.learners.cpu()].mean(dim=1)  # [episodes, A] -> [episodes]
     num_episodes = len(team)
     interval = None
     if num_episodes > 1:
         interval = float(team.std() * student_t.ppf(0.975, num_episodes - 1) / math.sqrt(num_episodes))
-    return {
+    report = {
         "episodes": num_episodes,
         "mean_return": float(team.mean()),
         "interval_95": interval,
@@ -1504,13 +1584,29 @@ def evaluation_report(played: Batch, first_seat: int) -> dict:
         "mean_return_per_agent": returns.mean(dim=0).tolist(),
         "mean_length": float(played["lengths"].float().mean()),
     }
+    if "success" in played:
+        report["success_rate"] = float(played["success"].float().mean())
+    if "members" in played and partners.has_pool:
+        report["partners"] = partners.member_metrics(played["members"].tolist())
+    return report
+
+
+def evaluation_line(report: dict) -> str:
+    line = f"return per agent {report['mean_return']:.2f}"
+    if report["interval_95"] is not None:
+        line += f" ± {report['interval_95']:.2f} (95 % interval)"
+    if "success_rate" in report:
+        line += f", {report['success_rate']:.1%} won"
+    return line + f", {report['episodes']} episodes of mean length {report['mean_length']:.0f}"
 
 
 def evaluate_only(args: Args) -> Path:
     """--evaluate: nothing is trained, the run folder gets a new eval.json."""
+    if not args.eval_episodes and not args.capture_video:
+        raise UsageError("--evaluate would do nothing: the run was made with --eval-episodes 0, give another number")
+    run_dir = run_folder("evaluate", args.evaluate)
     device = get_device(args.cuda)
-    policy = Policy(args.evaluate, device)
-    run_dir = Path(args.evaluate)
+    policy = Policy(run_dir, device)
     evaluate_run(policy.actor, args, check_env_args(args), run_dir, device)
     return run_dir
 
@@ -1525,7 +1621,9 @@ def check_args(args: Args, device: torch.device, world_size: int = 1) -> tuple[A
     """
     refuse_useless_flags(args)
     check_form(args)
-    parse_partners(args.partners)
+    has_pool = any(len(entry.members) > 1 for entry in parse_partners(args.partners))
+    if args.partner_switch is not None and not has_pool:
+        raise UsageError("--partner-switch would do nothing without a pool like --partners pool=random,stay:2: add one")
     checked = check_env_args(args)
     resolved = resolve(args, checked.backend, device, world_size)
     check_sizes(resolved, world_size)
@@ -1579,11 +1677,7 @@ def check_form(args: Args) -> None:
 
 
 def check_env_args(args: Args) -> CheckedEnv:
-    try:
-        env_kwargs = json.loads(args.env_kwargs)
-    except json.JSONDecodeError:
-        raise UsageError(f"--env-kwargs must be JSON like '{{\"max_cycles\": 100}}', got {args.env_kwargs!r}") from None
-    return check_env(args.env_id, args.backend, env_kwargs)
+    return check_env(args.env_id, args.backend, parse_env_kwargs(args.env_kwargs))
 
 
 def env_procs(args: Args) -> int:
@@ -1676,8 +1770,20 @@ def saved_args(checkpoint: dict, run_dir: str | Path) -> Args:
     return restore_args(Args, {**as_before, **checkpoint["args"]}, run_dir)
 
 
+def run_folder(name: str, path: str) -> Path:
+    """The folder of a run that --name gives as it is or by its latest.pt. UsageError: another file."""
+    folder = Path(path)
+    if folder.name == "latest.pt" and folder.is_file():
+        return folder.parent
+    if folder.is_file():
+        raise UsageError(f"{flag(name)} expects a run folder (or the latest.pt in it), got the file {path}: give one")
+    return folder
+
+
 def saved_run(args: Args) -> tuple[Args, list[str]] | None:
     """Of the run folder that the flags name: its Args, the defaults of all others, and what they must not change."""
+    if args.evaluate and (args.resume or args.init_from):
+        raise UsageError("--evaluate trains nothing, --resume and --init-from do: give one of them")
     run_dir = args.resume or args.evaluate or args.init_from
     if not run_dir:
         return None
@@ -1694,8 +1800,17 @@ def saved_run(args: Args) -> tuple[Args, list[str]] | None:
 # -------------------------------------------------------------------------------- parts of a training run
 
 
+def seed_everything(args: Args) -> None:
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+
+
 def env_spec(env: VecEnv) -> dict:
-    """What the networks need to know of an env; saved in the checkpoint."""
+    """What the networks need to know of an env; saved in the checkpoint. UsageError: other kinds of actions."""
+    if not isinstance(env.action_space, (gym.spaces.Discrete, gym.spaces.Box)):
+        raise UsageError(f"expected actions Discrete or Box [D], got {env.action_space} of {env.env_id}: wrap the env")
     discrete = isinstance(env.action_space, gym.spaces.Discrete)
     num_actions = env.action_space.n if discrete else env.action_space.shape[0]
     return {
@@ -1778,6 +1893,12 @@ def make_optimizer(actor: Actor, critic: Critic, args: Args) -> torch.optim.Opti
     return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
 
 
+def set_learning_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """That share of every group's first learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["initial_lr"]
+
+
 def compile_networks(actor: Actor, critic: Critic, device: torch.device) -> Callable:
     """torch.compile for acting and updating, with CUDA graphs on a GPU: -> ppo_loss, compiled where that works"""
     if not compile_works(device):
@@ -1804,18 +1925,40 @@ def start_from(
     if differ:
         given = ", ".join(f"{name} {getattr(args, name)} (it has {getattr(saved, name)})" for name in differ)
         raise UsageError(f"--init-from {args.init_from} contradicts {given}: use the same")
-    actor.load_state_dict(checkpoint["actor"])
-    critic.load_state_dict(checkpoint["critic"])
-    value_norm.load_state_dict(checkpoint["value_norm"])
+    load_weights(actor, checkpoint["actor"], args.init_from)
+    load_weights(critic, checkpoint["critic"], args.init_from)
+    load_weights(value_norm, checkpoint["value_norm"], args.init_from)
 
 
-def load_unfinished(run_dir: str, num_updates: int) -> dict:
-    """The checkpoint to resume. UsageError: it has already done as many updates."""
-    checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT)
-    if checkpoint["update"] >= num_updates:
-        done = f"{checkpoint['update']} of {num_updates} updates"
-        raise UsageError(f"{run_dir} has already done {done}: raise --total-timesteps")
-    return checkpoint
+def free_memory(device: torch.device) -> float:
+    """Bytes that a program could still get; infinite where that is not known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        return 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        return math.inf
+
+
+def check_memory(args: Args, envs: VecEnv, actor: Actor) -> None:
+    """UsageError: the rollout of this process would not fit into memory."""
+    A = envs.num_agents
+    numbers = actor.hidden_size / args.chunk_length + actor.num_subgoals + 2 * math.prod(envs.action_space.shape)
+    if isinstance(envs.action_space, gym.spaces.Discrete):
+        numbers += envs.action_space.n + 2
+    per_agent = math.prod(envs.obs_shape) * envs.obs_dtype.itemsize + 4 * numbers + 40  # what record() and GAE keep
+    per_env = A * per_agent + math.prod(envs.state_shape) * envs.state_dtype.itemsize
+    size = args.num_steps * envs.num_envs * per_env
+    if args.chunk_length > 1:
+        size *= 2  # reordered as sequences it is a copy
+    free = free_memory(envs.device)
+    if size > free:
+        raise UsageError(
+            f"a rollout would take {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free: "
+            f"lower --num-envs {args.num_envs} or --num-steps {args.num_steps}"
+        )
 
 
 def process_state(envs: VecEnv, in_flight: list[Tensor], partners: Partners) -> dict:
@@ -1828,7 +1971,7 @@ def process_state(envs: VecEnv, in_flight: list[Tensor], partners: Partners) -> 
     state = {
         "env_state": envs.state_dict(),
         "episodes": in_flight,
-        "partner_memories": partners.memories,
+        "partner_memories": partners.state_dict(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": cuda_rng,
     }
@@ -1838,6 +1981,12 @@ def process_state(envs: VecEnv, in_flight: list[Tensor], partners: Partners) -> 
 def to_device(x: Any, device: torch.device) -> Any:
     """Lists and dicts of tensors, moved there."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), x)
+
+
+def save_run(content: dict, parts: dict, run_dir: Path) -> None:
+    """latest.pt: the content, and networks, statistics and optimizer."""
+    parameters = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint({"format": CHECKPOINT_FORMAT, **content, "target": None, **parameters}, run_dir / "latest.pt")
 
 
 def restore_parts(
@@ -1850,7 +1999,13 @@ def restore_parts(
     if checkpoint["spec"] != spec:
         raise UsageError(f"{run_dir} is of env {checkpoint['spec']}, here it is {spec}: install its version")
     for name, part in parts.items():
-        part.load_state_dict(checkpoint[name] or checkpoint["actor"])  # (a run without a target may go on with one)
+        saved = checkpoint[name] or checkpoint["actor"]  # (a run without a target may go on with one)
+        load_weights(part, saved, run_dir)
+
+
+def state_of_rank(states: list[dict], rank: int, world_size: int) -> dict | None:
+    """What this process saved; None where there were more or fewer of them."""
+    return states[rank] if len(states) == world_size else None
 
 
 def restore_rng(state: dict, device: torch.device) -> None:
@@ -1922,11 +2077,12 @@ def record(rollout: Batch, t: int, num_steps: int, **tensors: Tensor | None) -> 
 
 
 def finished_episodes(step: EnvStep) -> Tensor:
-    """How many episodes ended at this step, the sums of their lengths and of each seat's returns: [2 + A]"""
+    """How many episodes ended at this step and were won (NaN: nobody can win), sums of their lengths and of each seat's
+    returns: [3 + A]"""
     over = step.episode_over.float()
-    count = over.sum().view(1)
-    length_sum = (over * step.episode_lengths).sum().view(1)
-    return torch.cat([count, length_sum, over @ step.episode_returns])
+    won = torch.full_like(over, math.nan) if step.success is None else step.success.float()
+    sums = torch.stack([over.sum(), (over * won).sum(), (over * step.episode_lengths).sum()])
+    return torch.cat([sums, over @ step.episode_returns])
 
 
 def episode_metrics(sums: list[float], first_seat: int, seat_columns: list[str]) -> dict[str, float]:
@@ -1934,7 +2090,7 @@ def episode_metrics(sums: list[float], first_seat: int, seat_columns: list[str])
 
     first_seat: the seats before it learn; seat_columns: a tag for every seat, or none
     """
-    num_ended, length_sum, *return_sums = sums
+    num_ended, num_won, length_sum, *return_sums = sums
     if not num_ended:
         return {}
     learners_mean = sum(return_sums[:first_seat]) / first_seat
@@ -1942,6 +2098,8 @@ def episode_metrics(sums: list[float], first_seat: int, seat_columns: list[str])
         "charts/episodic_return": learners_mean / num_ended,
         "charts/episodic_length": length_sum / num_ended,
     }
+    if not math.isnan(num_won):
+        metrics["charts/success_rate"] = num_won / num_ended
     for tag, return_sum in zip(seat_columns, return_sums, strict=False):
         metrics[tag] = return_sum / num_ended
     return metrics
@@ -2002,18 +2160,27 @@ def to_floats(metrics: Batch) -> dict[str, float]:
 
 def refuse_non_finite(
     metrics: dict[str, float],
-    obs: Tensor,
+    rollout: Batch,
+    agents: list[str],
     update: int,
-    run_dir: Path,
 ) -> None:
-    """FloatingPointError where training broke down."""
+    """FloatingPointError where training broke down, that names the reward or observation where it was one."""
     bad = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
     if not bad:
         return
-    if obs.is_floating_point() and not obs.isfinite().all():
-        bad = ["an observation is NaN or infinite"]
-    last_good = f"last good checkpoint: {run_dir / 'latest.pt'}"
-    raise FloatingPointError(f"update {update}: {', '.join(bad)}; {last_good}")
+    for name, what in (("rewards", "reward"), ("obs", "observation")):
+        x = rollout[name]
+        if x.is_floating_point() and not x.isfinite().all():
+            finite = x.flatten(2).unflatten(-1, (len(agents), -1)).isfinite().all(-1)  # [T, N, A]
+            t, n, i = (~finite).nonzero()[0].tolist()
+            bad = [f"the {what} of {agents[i]} is NaN or infinite (env {n}, step {t} of the rollout): correct the env"]
+            break
+    raise FloatingPointError(f"update {update}: {', '.join(bad)}")
+
+
+def progress_bar(total: int, initial: int, logs: bool) -> tqdm:
+    no_bar = None if logs else True  # None: none where there is no terminal
+    return tqdm(total=total, initial=initial, unit="step", unit_scale=True, disable=no_bar)
 
 
 def show_progress(progress: tqdm, num_steps: int, row: dict[str, float]) -> None:
@@ -2034,11 +2201,11 @@ def plot_returns(run_dir: Path) -> None:
 # --------------------------------------------------------------------------------------------------- main
 
 
+@run_keeping
 def main(args: Args) -> Path:
     """Trains (or resumes, or only evaluates); returns the run folder. UsageError: unusable arguments.
 
-    Under torchrun each process steps its share of the envs, and all go on with the same weights.
-    """
+    Under torchrun each process steps its share of the envs, and all go on with the same weights."""
     # ---- arguments
     if args.evaluate:
         return evaluate_only(args)
@@ -2048,31 +2215,32 @@ def main(args: Args) -> Path:
     T, N = resolved.num_steps, resolved.num_envs // world_size
     batch_size = T * resolved.num_envs  # env steps of one rollout, of all processes
     num_updates = resolved.total_timesteps // batch_size
-    checkpoint = load_unfinished(args.resume, num_updates) if args.resume else None
 
     # ---- logging: by the first process only; its folder is made when nothing can be refused any more
     logs = rank == 0
+    run_dir, checkpoint, kept = Path("."), None, None
+    if args.resume:
+        run_dir = run_folder("resume", args.resume)
+        if logs:
+            kept = keep_folder(run_dir, command(__file__, "--resume", run_dir))
+        checkpoint = load_checkpoint(run_dir, CHECKPOINT_FORMAT, needs=SAVED)
     clock: deque[tuple[float, int]] = deque(maxlen=11)  # (time, global_step) after the last updates: windowed SPS
 
     # ---- seeding
-    random.seed(resolved.seed)
-    np.random.seed(resolved.seed)
-    torch.manual_seed(resolved.seed)
-    torch.backends.cudnn.deterministic = resolved.torch_deterministic
+    seed_everything(resolved)
     keep_freed_memory()
     torch.set_num_threads(resolved.num_threads)
-    num_parts = resolved.update_threads
-    threads = ThreadPoolExecutor(num_parts, initializer=torch.set_num_threads, initargs=[resolved.num_threads])
+    num_parts, num_threads = resolved.update_threads, [resolved.num_threads]
+    threads = ThreadPoolExecutor(num_parts, initializer=torch.set_num_threads, initargs=num_threads)
     if world_size > 1:
         device = join_processes(device)
 
     # ---- envs
     env_seed = resolved.seed + rank * N
-    trained_on = training_env(checked, resolved)
-    envs = make_vec_env(trained_on, N, device, env_seed, resolved.backend, resolved.num_env_procs)
+    how = resolved.backend, resolved.num_env_procs, resolved.env_timeout, resolved.episode_limit
+    envs = make_vec_env(training_env(checked, resolved), N, device, env_seed, *how)
     spec, A = env_spec(envs), envs.num_agents
-    partners = Partners(resolved.partners, envs, make_policy)
-    learners = torch.arange(A, device=device) < partners.first_seat  # [A]
+    partners = Partners(resolved.partners, envs, make_policy, env_seed, resolved.partner_switch)
 
     # ---- networks
     actor = Actor(spec, resolved).to(device)
@@ -2090,6 +2258,7 @@ def main(args: Args) -> Path:
     loss_function = compile_networks(actor, critic, device) if resolved.compile else ppo_loss
 
     # ---- storage
+    check_memory(resolved, envs, actor)
     rollout: Batch = {}  # name -> [T, N, ...], allocated by the first step
     global_step, first_update = 0, 1
     memory = torch.zeros(N, A, actor.memory_size, device=device)  # the context's hidden state, the subgoals' history
@@ -2100,93 +2269,100 @@ def main(args: Args) -> Path:
     # ---- resume
     if world_size > 1:
         torch.manual_seed(resolved.seed + 1_000_003 * rank)  # equal weights so far, different actions from now on
-    own_state = None  # what this process saved for itself
+    own_state = None  # what this process saved for itself, where there were as many
     if checkpoint is not None:
-        restore_parts(checkpoint, saved_parts, spec, args.resume)
+        restore_parts(checkpoint, saved_parts, spec, run_dir)
         probe = to_device(checkpoint["probe"], device)
         global_step, first_update = checkpoint["global_step"], checkpoint["update"] + 1
-        if len(checkpoint["workers"]) == world_size:
-            own_state = checkpoint["workers"][rank]
+        own_state = state_of_rank(checkpoint["workers"], rank, world_size)
     if own_state is not None and own_state["env_state"] is not None:
         step = envs.load_state_dict(own_state["env_state"])
         memory, target_hidden, starts = to_device(own_state["episodes"], device)
-        partners.memories = to_device(own_state["partner_memories"], device)
+        partners.load_state_dict(to_device(own_state["partner_memories"], device))
     else:
         if checkpoint is not None and logs:
             print("the episodes in flight cannot be restored: new ones start, from a seed of their own")
         step = envs.reset(env_seed + global_step)
     if own_state is not None:
         restore_rng(own_state, device)
-    run_dir = Path(args.resume or ".")
     seat_columns = [f"charts/return_seat_{i}" for i in range(A)] if resolved.partners else []
     if logs:
         if not args.resume:
             run_dir = new_run_dir(resolved.runs_dir, resolved.env_id, resolved.exp_name, resolved.seed)
-        table = open_run(run_dir, resolved, COLUMNS + seat_columns, global_step)
+            kept = keep_folder(run_dir, command(__file__, "--resume", run_dir))
+        elif first_update > 1:
+            kept.saved = f"update {first_update - 1} of {num_updates}"
+        table = open_run(run_dir, resolved, COLUMNS + seat_columns + partners.columns(), global_step)
         print_start(run_dir, resolved, envs, actor, critic, world_size)
     stop = StopSignal()
-    no_bar = None if logs else True  # None: none where there is no terminal
-    progress = tqdm(total=num_updates * batch_size, initial=global_step, unit="step", unit_scale=True, disable=no_bar)
+    parent = os.getppid()  # torchrun's agent, without which the processes shall not train on
+    progress = progress_bar(num_updates * batch_size, global_step, logs)
 
-    # ---- loop
+    def save(update: int) -> None:
+        """latest.pt after that update; all processes call it together."""
+        own_state = process_state(envs, [memory, target_hidden, starts], partners)
+        states = of_all_processes(own_state, world_size)
+        if logs:
+            table.sync()
+            counters = {"update": update, "global_step": global_step}
+            content = {"args": asdict(resolved), "spec": spec, **counters, "workers": states, "probe": probe}
+            save_run(content, saved_parts, run_dir)
+            kept.saved = f"update {update} of {num_updates}"
+
+    # ---- loop (of a finished run that is resumed only the closing part is left)
+    update, stopping = first_update - 1, False
     for update in range(first_update, num_updates + 1):
-        remaining = 1 - (update - 1) / num_updates if resolved.anneal_lr else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = remaining * group["initial_lr"]
+        set_learning_rates(optimizer, 1 - (update - 1) / num_updates if resolved.anneal_lr else 1.0)
         if target and (update - 1) % resolved.target_sync_interval == 0:
             target.load_state_dict(actor.state_dict())
             target_hidden = memory[..., : actor.hidden_size]
 
         # -- rollout: T steps of N envs
-        episode_sums = torch.zeros(2 + A, device=device)  # see finished_episodes
-        for t in range(T):
-            actions, dists, z, next_memory = act(actor, step, starts, memory)
-            values = state_values(critic, value_norm, step.state, step.obs)
-            actions = partners.play(step, actions)
-            record(rollout, t, T, obs=step.obs, state=step.state)
-            record(rollout, t, T, action_mask=step.action_mask, active=step.active, starts=starts)
-            record(rollout, t, T, actions=actions, dists=dists, values=values, z=z)
-            if t % L == 0:
-                record(rollout, t // L, T // L, hidden=memory[..., : actor.hidden_size])
-            memory = remember(actor, step, actions, next_memory)
-            step = envs.step(actions)
-            starts = step.episode_over
-            # An episode cut by the time limit still has a value: that of its true last state, not of the next
-            # episode's first. (Asking whether there is one is free on a CPU and would stall an accelerator.)
-            cut_values = torch.zeros_like(values)
-            if device.type != "cpu" or step.truncations.any():
-                cut_values = state_values(critic, value_norm, step.final_state, step.final_obs)
-            ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
-            record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)
-            record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
-            episode_sums += finished_episodes(step)
+        partners.start_update(update)
+        episode_sums = torch.zeros(3 + A, device=device)  # see finished_episodes
+        member_sums = torch.zeros(len(partners.names), 3, device=device)
+        try:
+            for t in range(T):
+                actions, dists, z, next_memory = act(actor, step, starts, memory)
+                values = state_values(critic, value_norm, step.state, step.obs)
+                actions = partners.play(step, actions)
+                record(rollout, t, T, obs=step.obs, state=step.state)
+                record(rollout, t, T, action_mask=step.action_mask, active=step.active, starts=starts)
+                record(rollout, t, T, actions=actions, dists=dists, values=values, z=z)
+                if t % L == 0:
+                    record(rollout, t // L, T // L, hidden=memory[..., : actor.hidden_size])
+                memory = remember(actor, step, actions, next_memory)
+                step = envs.step(actions)
+                starts = step.episode_over
+                # An episode cut by the time limit still has a value: that of its true last state, not of the next
+                # episode's first. (Asking whether there is one is free on a CPU and would stall an accelerator.)
+                cut_values = torch.zeros_like(values)
+                if device.type != "cpu" or step.truncations.any():
+                    cut_values = state_values(critic, value_norm, step.final_state, step.final_obs)
+                ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
+                record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)
+                record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
+                episode_sums += finished_episodes(step)
+                if resolved.partners:
+                    member_sums += partners.member_sums(step)
+        except RunError:  # the env broke down, but the last update is whole
+            if world_size == 1 and update > first_update:
+                save(update - 1)
+            raise
         global_step += batch_size
 
         # -- advantages
-        rollout["learns"] = rollout["active"] & learners
-        weights = rollout["learns"].float()
-        last_values = state_values(critic, value_norm, step.state, step.obs).unsqueeze(0)  # [1, N, A]
-        next_values = torch.cat([rollout["values"][1:], last_values])  # [T, N, A]
-        over = rollout["episode_over"].unsqueeze(-1)  # [T, N, 1]
-        next_values = torch.where(over, rollout["cut_values"], next_values)
-        rewards = shared_rewards(rollout["rewards"], rollout["learns"], resolved.team_spirit)  # [T, N, A]
-        transitions = rewards, rollout["values"], next_values, rollout["terminations"], rollout["ended"]
-        advantages, returns = compute_gae(*transitions, resolved.gamma, resolved.gae_lambda)
-        returns_mean, returns_var = mean_var(returns, weights)
-        _, error_var = mean_var(returns - rollout["values"], weights)
-        explained_var = 1 - error_var / returns_var.clamp(min=1e-8)
-        if resolved.norm_adv:
-            advantages_mean, advantages_var = mean_var(advantages, weights)
-            advantages = (advantages - advantages_mean) / (advantages_var.sqrt() + 1e-8)
+        rollout["learns"] = rollout["active"] & partners.learners
+        last_values = state_values(critic, value_norm, step.state, step.obs)  # [N, A]
+        advantages, returns, moments, explained_var = learning_targets(rollout, last_values, resolved)
         # DEVIATION: once per rollout, before its epochs, not once per minibatch.
-        value_norm.update(returns_mean, returns_var)
+        value_norm.update(*moments)
 
         # -- the batch [T, N, ...], and what it tells of the others' learning
         batch = make_batch(rollout, advantages, returns, value_norm, actor.discrete)
         if target:
             with torch.no_grad():
-                inputs = {**actor_inputs(batch), "hidden": target_hidden}
-                batch["anchor_dists"], _, target_hidden = target(**inputs)
+                batch["anchor_dists"], _, target_hidden = target(**{**actor_inputs(batch), "hidden": target_hidden})
         if not probe:
             probe = first_envs(select(rollout, "obs action_mask active starts hidden z dists"))
         metrics: Batch = {}
@@ -2214,18 +2390,18 @@ def main(args: Args) -> Path:
                 numbers["losses/grad_norm"] = grad_norm
                 sums = sums + torch.stack(list(numbers.values()))
                 num_done += 1
-            limit = resolved.target_kl
-            if limit is not None and all_sum(numbers["losses/approx_kl"]) / world_size > limit:
+            if resolved.target_kl is not None and mean_of_all(numbers["losses/approx_kl"]) > resolved.target_kl:
                 break
-        metrics["nonstationarity/policy_kl"], probe["dists"] = policy_change(actor, probe, learners)
+        metrics["nonstationarity/policy_kl"], probe["dists"] = policy_change(actor, probe, partners.learners)
 
         # -- logging: the update's only look at the device
-        means = all_sum(sums) / (num_done * world_size)
-        metrics |= dict(zip(numbers, means, strict=True))
+        metrics |= dict(zip(numbers, mean_of_all(sums) / num_done, strict=True))
         metrics["losses/explained_variance"] = explained_var
         row = to_floats(metrics)
-        refuse_non_finite(row, rollout["obs"], update, run_dir)
+        refuse_non_finite(row, rollout, envs.agents, update)
         row |= episode_metrics(all_sum(episode_sums).tolist(), partners.first_seat, seat_columns)
+        if resolved.partners:
+            row |= partners.member_metrics(all_sum(member_sums).tolist())
         row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         clock.append((time.perf_counter(), global_step))
         row |= steps_per_second(clock)
@@ -2234,16 +2410,10 @@ def main(args: Args) -> Path:
         show_progress(progress, batch_size, row)
 
         # -- checkpoint
-        stopping = any_process(stop.requested, device)  # all stop after the same update
+        orphaned = world_size > 1 and os.getppid() != parent
+        stopping = any_process(stop.requested or orphaned, device)  # all stop after the same update
         if update % resolved.save_every == 0 or update == num_updates or stopping:
-            own_state = process_state(envs, [memory, target_hidden, starts], partners)
-            states = of_all_processes(own_state, world_size)
-            counters = {"update": update, "global_step": global_step}
-            described = {"format": CHECKPOINT_FORMAT, "args": asdict(resolved), "spec": spec}
-            parameters = {name: part.state_dict() for name, part in saved_parts.items()}
-            if logs:
-                content = {"workers": states, "probe": probe, "target": None, **parameters}
-                save_checkpoint({**described, **counters, **content}, run_dir / "latest.pt")
+            save(update)
         if stopping:
             break
 
@@ -2257,12 +2427,10 @@ def main(args: Args) -> Path:
     if logs:
         table.close()
         plot_returns(run_dir)
-        if stopping:
-            print(
-                f"stopped after update {update} of {num_updates}; go on with: python hyper_mappo.py --resume {run_dir}"
-            )
-        else:
-            evaluate_run(actor, resolved, checked, run_dir, device)
+    if logs and not stopping:
+        evaluate_run(actor, resolved, checked, run_dir, device)
+    elif logs:
+        print(f"stopped after update {update} of {num_updates}; go on with: {kept.again}")
     return run_dir
 
 

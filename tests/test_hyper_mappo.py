@@ -843,11 +843,11 @@ def test_sigterm_saves_and_the_run_can_go_on(tmp_path):
     command += ["--num-envs", "4", "--num-steps", "8", "--num-minibatches", "2", "--total-timesteps", "3200000"]
     command += ["--runs-dir", str(tmp_path), "--eval-episodes", "0", "--save-every", "100000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while time.time() < deadline and not any(len(metrics(p.parent)) > 2 for p in tmp_path.glob("*/metrics.csv")):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     (run_dir,) = tmp_path.iterdir()
     update = load_checkpoint(run_dir)["update"]
@@ -892,6 +892,9 @@ BAD_ARGUMENTS = {
     "hyper flag without hypernetwork": (["--hyper", "none", "--hyper-basis", "2"], "--hyper-basis would do nothing"),
     "heads": (["--context-size", "31"], "multiple"),
     "missing run": (["--resume", "no/such/run"], "no checkpoint"),
+    "env kwargs null": (["--env-kwargs", "null"], "--env-kwargs"),
+    "switch without pool": (["--partner-switch", "3"], "--partner-switch would do nothing"),
+    "env timeout": (["--env-timeout", "-1"], "--env-timeout must be at least 0"),
     "batched without twin": (["--env-id", "mpe2.simple_spread_v3", "--backend", "batched"], "batched"),
 }
 
@@ -914,17 +917,162 @@ def test_bad_checkpoints_end_in_one_line(tmp_path, capsys):
     torch.save({"format": "somebody/1"}, foreign / "latest.pt")
     whole = (run_dir / "latest.pt").read_bytes()
     (cut / "latest.pt").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(run_dir / "latest.pt", cut / "other.pt")
     finished = ["--resume", str(run_dir)]
     for flags, message in [
         (["--resume", str(foreign)], "has format 'somebody/1'"),
         (["--resume", str(cut)], "not a readable checkpoint"),
         ([*finished, "--hidden-size", "32"], "--hidden-size 32 contradicts"),
-        (finished, "raise --total-timesteps"),
+        ([*finished, "--evaluate", str(run_dir)], "--evaluate trains nothing"),
+        (["--evaluate", str(run_dir)], "--evaluate would do nothing"),
+        (["--resume", str(cut / "other.pt")], "expects a run folder"),
         (["--evaluate", str(run_dir), "--eval-episodes", "-1"], "--eval-episodes must be at least 0"),
     ]:
         assert cli(flags) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_weights_that_are_damaged_are_refused_in_one_line(tmp_path, capsys):
+    run_dir = run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT)
+    checkpoint = load_checkpoint(run_dir)
+    checkpoint["actor"]["layers.0.weight"][0, 0] = float("nan")
+    runs.save_checkpoint(checkpoint, run_dir / "latest.pt")
+    for name in ("--resume", "--evaluate"):
+        assert cli([name, str(run_dir), "--total-timesteps", "96", "--eval-episodes", "1"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and "Actor is NaN or infinite at layers.0.weight" in error
+
+
+def test_a_finished_run_that_is_resumed_does_its_closing_part_again(tmp_path, capsys):
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, eval_episodes=2)
+    run_dir = run(tmp_path, **flags)
+    kept = metrics(run_dir)
+    before, report = (run_dir / "latest.pt").read_bytes(), (run_dir / "eval.json").read_text()
+    for name in ("eval.json", "learning_curve.png"):
+        (run_dir / name).unlink()
+    for path in (run_dir, run_dir / "latest.pt"):
+        assert cli(["--resume", str(path)]) == 0
+        assert (run_dir / "eval.json").read_text() == report and (run_dir / "learning_curve.png").exists()
+        assert metrics(run_dir) == kept and (run_dir / "latest.pt").read_bytes() == before
+
+
+def test_a_second_process_may_not_write_in_a_runs_folder(tmp_path):
+    run_dir = run(tmp_path)
+    holder = "import sys, runs, pathlib; runs.keep_folder(pathlib.Path(sys.argv[1]), 'x'); print('held', flush=True)"
+    holder += "; input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(run_dir)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline().strip() == b"held"
+        with pytest.raises(runs.UsageError, match="another process is writing"):
+            hyper_mappo.main(replace(Args(**json.loads((run_dir / "args.json").read_text())), resume=str(run_dir)))
+        other.stdin.close()
+    assert cli(["--resume", str(run_dir)]) == 0
+
+
+def test_returns_of_the_evaluation_do_not_depend_on_the_number_of_processes(tmp_path):
+    run_dir = run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT)
+    reports = []
+    for num_procs in ("0", "1", "3"):
+        assert cli(["--evaluate", str(run_dir), "--eval-episodes", "5", "--num-env-procs", num_procs]) == 0
+        reports.append((run_dir / "eval.json").read_text())
+    assert reports[0] == reports[1] == reports[2]
+
+
+class WonWhenAllAgree(PursuitVecEnv):
+    """Pursuit of one step, won where all pursuers take the same action."""
+
+    def step(self, actions):
+        step = super().step(actions)
+        step.success = (actions == actions[:, :1]).all(1)
+        return step
+
+
+def test_share_of_won_episodes_is_logged_and_evaluated(tmp_path, monkeypatch):
+    flags = dict(env_id="pursuit", env_kwargs=json.dumps({**json.loads(SMALL_PURSUIT), "max_cycles": 1}))
+    assert not any(row["charts/success_rate"] for row in metrics(run(tmp_path, "none", **flags)))
+    kwargs = {**json.loads(flags["env_kwargs"])}
+
+    def made(checked, num_envs, device, seed, *rest, **more):
+        return WonWhenAllAgree(num_envs, device, seed, **kwargs)
+
+    monkeypatch.setattr(hyper_mappo, "make_vec_env", made)
+    monkeypatch.setattr(hyper_mappo, "make_eval_env", made)
+    wins = []
+    monkeypatch.setattr(hyper_mappo, "finished_episodes", spy_on_wins(wins, hyper_mappo.finished_episodes))
+    run_dir = run(tmp_path, "won", **flags, num_envs=16, total_timesteps=128, eval_episodes=50)
+    (row,) = metrics(run_dir)
+    assert float(row["charts/success_rate"]) == pytest.approx(sum(wins) / len(wins))
+    assert 0 < sum(wins) < len(wins)
+    assert 0 < json.loads((run_dir / "eval.json").read_text())["success_rate"] < 1
+
+
+def spy_on_wins(wins, function):
+    def spy(step):
+        wins.extend(step.success[step.episode_over].float().tolist())
+        return function(step)
+
+    return spy
+
+
+def test_pools_of_partners_are_drawn_logged_and_resumed(tmp_path):
+    pool = dict(partners=("pool=nearest_stag,nearest_hare:2",), partner_switch=2)
+    flags = {**STAG_HUNT, "num_steps": 16, "num_envs": 32, "update_epochs": 1, **pool}
+    whole = run(tmp_path, "whole", **{**flags, "total_timesteps": 4 * 512, "eval_episodes": 4})
+    part = run(tmp_path, "part", **{**flags, "total_timesteps": 2 * 512})
+    assert cli(["--resume", str(part), "--total-timesteps", str(4 * 512), "--eval-episodes", "4"]) == 0
+    assert metrics(part) == metrics(whole)
+    draws = {name: 0.0 for name in ("nearest_stag", "nearest_hare")}
+    for row in metrics(whole):
+        for name in draws:
+            draws[name] += float(row[f"partners/draws_{name}"])
+    assert min(draws.values()) > 0
+    report = json.loads((whole / "eval.json").read_text())
+    drawn = [x for name, x in report["partners"].items() if "draws" in name]
+    assert sum(drawn) == 4 * 2
+
+
+def test_rollouts_that_do_not_fit_into_memory_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hyper_mappo, "free_memory", lambda device: 1e5)
+    flags = ["--env-id", "pursuit", "--num-envs", "8", "--num-steps", "64", "--total-timesteps", "512"]
+    assert cli([*flags, "--runs-dir", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert "lower --num-envs 8 or --num-steps 64" in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_estimated_size_of_a_rollout_is_what_is_recorded(tmp_path, monkeypatch):
+    recorded, estimates = {}, []
+
+    def spy_targets(rollout, last_values, args, targets=hyper_mappo.learning_targets):
+        recorded.update(rollout)
+        return targets(rollout, last_values, args)
+
+    def spy_memory(args, envs, actor, check=hyper_mappo.check_memory):
+        monkeypatch.setattr(hyper_mappo, "free_memory", lambda device: 0.0)
+        with pytest.raises(runs.UsageError) as error:
+            check(args, envs, actor)
+        estimates.append(float(re.search("take ([0-9.]+) GB", str(error.value))[1]) * 1e9)
+
+    monkeypatch.setattr(hyper_mappo, "learning_targets", spy_targets)
+    monkeypatch.setattr(hyper_mappo, "check_memory", spy_memory)
+    run(tmp_path, env_id="pursuit", num_envs=128, num_steps=200, total_timesteps=25_600, update_epochs=1)
+    size = sum(x.numel() * x.element_size() for x in recorded.values())
+    assert size > 2e7 and 0.7 * size < estimates[0] + 0.05e9 and estimates[0] < 1.5 * size + 0.05e9
+
+
+def test_a_bad_reward_is_named_with_its_agent():
+    rollout = {"rewards": torch.zeros(3, 2, 2), "obs": torch.zeros(3, 2, 2, 5)}
+    hyper_mappo.refuse_non_finite({"losses/value_loss": 1.0}, rollout, ["a", "b"], 4)
+    with pytest.raises(FloatingPointError, match="update 4: losses/value_loss is nan"):
+        hyper_mappo.refuse_non_finite({"losses/value_loss": math.nan}, rollout, ["a", "b"], 4)
+    rollout["obs"][1, 0, 1, 3] = math.inf
+    with pytest.raises(FloatingPointError, match="the observation of b is NaN or infinite .env 0, step 1"):
+        hyper_mappo.refuse_non_finite({"losses/value_loss": math.nan}, rollout, ["a", "b"], 4)
+    rollout["rewards"][2, 1, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="the reward of a is NaN or infinite .env 1, step 2"):
+        hyper_mappo.refuse_non_finite({"losses/value_loss": math.nan}, rollout, ["a", "b"], 4)
 
 
 def test_unwritable_run_folder(tmp_path, capsys):
@@ -1228,7 +1376,8 @@ def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
         (["--init-from", str(tmp_path / "nowhere")], "no checkpoint"),
     ]:
         assert cli([*flags, "--runs-dir", str(tmp_path / "none")]) == 2, flags
-        error = capsys.readouterr().err
+        said = capsys.readouterr().err.splitlines(keepends=True)
+        error = "".join(line for line in said if "has no best.pt" not in line)  # which is said of the other run
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
 
 
