@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import torch
 from pettingzoo.utils.env import ParallelEnv
 
 import envs
+import hyper_mappo
 from envs import (
     EnvStep,
     VecEnv,
@@ -33,7 +35,7 @@ from envs import (
     workers,
 )
 from envs.pettingzoo_vec import PettingZooVecEnv, episode_seed
-from runs import RunError, UsageError
+from runs import RunError, UsageError, command_line
 
 SMALL_PURSUIT = dict(x_size=8, y_size=8, n_pursuers=3, n_evaders=3, obs_range=5)
 ZOMBIES = dict(spawn_delay=1, max_zombies=40)  # agents die after about 100 steps
@@ -1314,3 +1316,41 @@ def is_running(pid: int) -> bool:
 def test_reset_takes_no_seed_everywhere(env_id):
     parameter = inspect.signature(make_vec_env(env_id, 1, "cpu", 0).reset).parameters["seed"]
     assert parameter.default is None and parameter.annotation == "int | None"
+
+
+TRAINING = "--env-id {} --num-envs 2 --num-steps 4 --total-timesteps 32 --num-minibatches 1 --hyper none --save-every 1"
+
+
+def train(tmp_path, env_id: str, *flags: str) -> tuple[int, Path]:
+    argv = [*TRAINING.format(env_id).split(), *flags, "--runs-dir", str(tmp_path), "--no-cuda", "--eval-episodes", "2"]
+    code = command_line(hyper_mappo.Args, hyper_mappo.main, hyper_mappo.LIMITS, argv)
+    (run_dir,) = tmp_path.iterdir()
+    return code, run_dir
+
+
+def test_training_on_an_env_that_raises_is_saved_and_logged(tmp_path, capsys):
+    code, run_dir = train(tmp_path, f"{__name__}:RaisesLater")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert code == 1 and "env 0, step 5: step raised ZeroDivisionError: later" in line
+    assert f"--resume {run_dir}" in line and str(run_dir / "error.log") in line
+    assert (run_dir / "latest.pt").is_file()
+    log = (run_dir / "error.log").read_text()
+    assert "in step" in log and "ZeroDivisionError: later" in log
+
+
+class RaisesLater(Faulty):
+    def __init__(self):
+        super().__init__()
+
+    def step(self, actions):
+        if self.count == 4:
+            raise ZeroDivisionError("later")
+        return super().step(actions)
+
+
+def test_training_and_evaluation_on_an_env_that_never_ends(tmp_path, capsys):
+    code, run_dir = train(tmp_path, FAULTY, "--episode-limit", "6")
+    assert code == 0
+    report = json.loads((run_dir / "eval.json").read_text())
+    assert report["mean_length"] == 6 and report["mean_return"] == 6
+    assert "did not end by itself in 6 steps" in capsys.readouterr().err
