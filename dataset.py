@@ -24,6 +24,10 @@ together in time order, and only whole episodes are stored. S rows, E episodes, 
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401
+
+# isort: split
+
 import contextlib
 import importlib.metadata
 import json
@@ -41,7 +45,7 @@ import xxhash
 from torch import Tensor
 
 from envs.grid_game import ego_order
-from runs import RunError, UsageError, cannot_write, keep_folder, sync_to_disk, write_json
+from runs import RunError, UsageError, cannot_write, keep_folder, one_line_errors, sync_to_disk, write_json
 
 FORMAT = "marl-dataset"
 VERSION = 1
@@ -754,15 +758,14 @@ def cli(argv: list[str] | None = None) -> int:
     if len(argv) != 1:
         print("usage: python -m dataset data/NAME", file=sys.stderr)
         return 2
-    try:
+
+    def validate() -> None:
         dataset = load_dataset(argv[0], every_checksum=True)
         print(describe(dataset))
         check_alignment(dataset)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("valid")
-    return 0
+        print("valid")
+
+    return one_line_errors(validate)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ Metrics and deviations: docs/pretrain_vae.md. What it reaches: docs/results/pret
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401
+
+# isort: split
+
 import itertools
 import math
 import random

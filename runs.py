@@ -799,12 +799,8 @@ def command_line(
     names of the flags that must not contradict them.
     """
     argv = sys.argv[1:] if argv is None else argv
-    previous = {number: signal.signal(number, raise_stop) for number in STOP_SIGNALS}
-    show_what_the_terminal_can()
-    quiet_threads = threading.excepthook
-    threading.excepthook = without_full_disks
-    KEPT.clear()
-    try:
+
+    def parse_and_run() -> Any:
         args = tyro.cli(Args, args=argv)
         saved = saved_run(args) if saved_run else None
         if saved is not None:
@@ -812,7 +808,20 @@ def command_line(
             args = tyro.cli(Args, args=argv, default=defaults)
             refuse_contradictions(args, defaults, fixed)
         check_limits(args, limits)
-        result = main(args)
+        return main(args)
+
+    return one_line_errors(parse_and_run)
+
+
+def one_line_errors(program: Callable[[], Any]) -> int:
+    """program() -> the exit code, as command_line has it; errors that are not the program's own are one line."""
+    previous = {number: signal.signal(number, raise_stop) for number in STOP_SIGNALS}
+    previous_hook = threading.excepthook
+    threading.excepthook = without_full_disks
+    show_what_the_terminal_can()
+    KEPT.clear()
+    try:
+        result = program()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -834,7 +843,7 @@ def command_line(
         return broke_down(reason)
     finally:
         KEPT.clear()
-        threading.excepthook = quiet_threads
+        threading.excepthook = previous_hook
         for number, handler in previous.items():
             signal.signal(number, handler)
     return result if isinstance(result, int) else 0

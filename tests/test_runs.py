@@ -25,6 +25,7 @@ SCRIPTS = [collect_data, hyper_mappo, pretrain_vae, test_obs_reward_model, world
 
 # Imports run one way: a file may import only what stands on an earlier line (DESIGN.md's order).
 ORDER = [
+    ["interrupts"],
     ["runs"],
     ["envs"],
     ["dataset"],
@@ -581,6 +582,40 @@ def test_a_saved_run_gives_the_defaults_and_refuses_contradictions(capsys):
     assert seen == [7]
     assert run_command(lambda args: None, ["--size", "8"], saved_run=saved_run) == 2
     assert "--size 8 contradicts the checkpoint's 7" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there terminate() asks nobody")
+@pytest.mark.parametrize(
+    "number, code, word", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("script", ["collect_data", "pretrain_vae", "test_obs_reward_model", "dataset"])
+def test_a_signal_while_a_script_imports_is_one_line(script, number, code, word):
+    command = [sys.executable, "-X", "importtime", "-m", script]  # it says what has been imported
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    for line in process.stderr:
+        if line.endswith(" interrupts\n"):
+            break
+    process.send_signal(number)
+    said = [line for line in process.stderr if not line.startswith("import time:")]
+    process.wait()
+    assert (process.returncode, said) == (code, [f"{word} while starting or ending: nothing was changed\n"])
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    given = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda prompt: prompt)  # False: there is no login, and it did not ask
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: given.append(kwargs))
+    for _ in range(2):
+        runs.start_wandb(tmp_path, "project", None, {"seed": 1})
+    (tmp_path / "other").mkdir()
+    runs.start_wandb(tmp_path / "other", "project", None, {"seed": 1})
+    assert "wandb sync" in capsys.readouterr().out
+    first, again, other = (kwargs["id"] for kwargs in given)
+    assert first == again != other
+    assert all(kwargs["resume"] == "allow" and kwargs["mode"] == "offline" for kwargs in given)
 
 
 def test_a_stop_signal_listens_until_it_is_restored(capsys):
