@@ -1,6 +1,8 @@
 """JaxMARL's envs behind the env contract. Skipped where it is missing: pip install -r requirements-jaxmarl.txt"""
 
 import io
+import json
+import math
 import random
 
 import numpy as np
@@ -12,6 +14,8 @@ pytest.importorskip("jaxmarl", reason="pip install -r requirements-jaxmarl.txt")
 import jax
 import jax.numpy as jnp
 
+import hyper_mappo
+import runs
 from envs import check_env, jaxmarl_vec, make_vec_env
 from envs.jaxmarl_vec import STOP, JaxMarlVecEnv
 from runs import UsageError
@@ -319,3 +323,14 @@ def test_compilations_are_kept_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.platform", "linux")
     assert jaxmarl_vec.cache_folder() == tmp_path / "hyper-marl" / "jax"
     assert jax.config.jax_compilation_cache_dir is not None
+
+
+def test_training_logs_won_battles(tmp_path):
+    flags = dict(env_id="jaxmarl:SMAX?scenario=3m&max_steps=8", num_envs=N, num_steps=10, num_minibatches=2)
+    flags |= dict(hyper="none", hidden_size=16, total_timesteps=3 * 60, eval_episodes=N, update_threads=1)
+    run_dir = hyper_mappo.main(hyper_mappo.Args(**flags, runs_dir=str(tmp_path)))
+    rows = runs.read_metrics(run_dir)
+    assert len(rows) == 3 and 0 <= float(rows[-1]["charts/success_rate"]) <= 1
+    assert all(math.isfinite(float(row["losses/policy_loss"])) for row in rows)
+    report = json.loads((run_dir / "eval.json").read_text())
+    assert 0 <= report["success_rate"] <= 1

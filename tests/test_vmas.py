@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("vmas", reason="pip install -r requirements-vmas.txt")
 
+import hyper_mappo
+import runs
 from envs import check_env, make_vec_env, vmas_vec
 from envs.vmas_vec import SCENARIOS, VmasVecEnv
 from runs import UsageError
@@ -321,3 +323,23 @@ def test_individual_rewards(name):
     for actions in random_actions(team, 3):
         shared, individual = team.step(actions).rewards, own.step(actions).rewards
         assert (shared == shared[:, :1]).all() and (individual != individual[:, :1]).any()
+
+
+def test_three_and_three_updates_equal_six(tmp_path):
+    """Training and --resume: rows of metrics.csv but for speeds, and weights, bit for bit; and the closing part."""
+    flags = dict(env_id="vmas:balance?max_steps=7", num_envs=6, num_steps=8, num_minibatches=2, hidden_size=16)
+    flags |= dict(hyper="none", anneal_lr=False, capture_video=True, eval_episodes=2, update_threads=1, num_threads=1)
+
+    def train(name, updates, **more):
+        args = hyper_mappo.Args(**flags, total_timesteps=updates * 48, runs_dir=str(tmp_path / name), **more)
+        return hyper_mappo.main(args)
+
+    def numbers(run_dir):
+        return [{k: v for k, v in row.items() if k != "charts/SPS"} for row in runs.read_metrics(run_dir)]
+
+    whole, part = train("whole", 6), train("part", 3)
+    train("part", 6, resume=str(part))
+    assert len(numbers(whole)) == 6 and numbers(whole) == numbers(part)
+    weights = [torch.load(d / "latest.pt", weights_only=True)["actor"] for d in (whole, part)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert (whole / "video.gif").exists() and (whole / "eval.json").exists()
