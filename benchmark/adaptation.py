@@ -1,0 +1,543 @@
+"""Is it worth knowing the partners? The oracle gap of settings, from what responses return against each mix.
+
+    python benchmark/adaptation.py                     # settings of this study: the table and its gap, 2 minutes
+    python benchmark/adaptation.py --search            # many small stag hunts, the largest gaps first
+    python benchmark/adaptation.py --solve             # hunts of two players, over all policies: 5 minutes
+    python benchmark/adaptation.py --settings stag_hunt-4x4-4h1s --responses runs/POOL runs/KNOWS   # trained ones too
+
+A setting is an env and the mixes of partners that learner 0 meets, each equally often.
+
+    oracle    mean over mixes of the best response to that mix: who knows the partners
+    unaware   best mean over mixes of one response: who cannot know them
+    gap       their difference
+
+Responses are scripted players, `watch` players (see Watcher: one observation, no memory) and run folders. Both numbers
+are the best of the responses that were tried, and grow with better ones. --solve tries all policies without memory of
+small hunts (SolvedHunt), and shows how much of such a gap is but the weakness of the responses.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from envs import EnvStep, VecEnv, make_vec_env, stag_hunt
+from envs.players import FixedPolicy, Partners, script_names
+from hyper_mappo import make_policy
+from runs import UsageError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ASKED_GAP = 0.3  # of the oracle's return: from here on a setting is hard without knowing the partners
+COLUMNS = "setting response mix episodes seed mean_return interval_95 machine date".split()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An env, and who may fill the seats beside learner 0: entries of --partners for each mix."""
+
+    name: str
+    env_id: str
+    env_kwargs: dict[str, Any]
+    mixes: tuple[tuple[str, ...], ...]
+
+    @property
+    def pool(self) -> tuple[str, ...]:
+        """The entry of --partners that draws these mixes; UsageError where there is none."""
+        if any(len(mix) > 1 for mix in self.mixes):
+            raise UsageError(f"expected mixes of one script each, so that a pool can draw them, got {self.mixes}")
+        names, seats = zip(*(mix[0].rpartition(":")[::2] for mix in self.mixes), strict=True)
+        return (f"same={','.join(names)}:{seats[0]}",)
+
+
+def alike(seats: int, *names: str) -> tuple[tuple[str, ...], ...]:
+    """One mix for each script: it has all the seats."""
+    return tuple((f"{name}:{seats}",) for name in names)
+
+
+def small_hunt(
+    side: int,
+    num_players: int,
+    num_hares: int,
+    max_cycles: int,
+    partners: tuple[str, ...],
+    view: int | None = None,
+) -> Setting:
+    """A stag hunt in which a step is not to be lost."""
+    env_kwargs = {
+        "height": side,
+        "width": side,
+        "num_players": num_players,
+        "num_hares": num_hares,
+        "max_cycles": max_cycles,
+    }
+    if view is not None:
+        env_kwargs["view"] = view
+    window = "" if view is None else f"-view{view}"
+    name = f"{side}x{side}-{num_players}p{num_hares}h-T{max_cycles}{window}"
+    return Setting(name, "stag_hunt", env_kwargs, alike(num_players - 1, *partners))
+
+
+HUNTERS = ("nearest_stag", "nearest_hare")
+ANYONE = ("nearest_stag", "nearest_hare", "random", "stay")
+SOLVED = (  # side, hares, max_cycles, view
+    (3, 1, 3, None),
+    (3, 1, 3, 3),
+    (3, 1, 5, None),
+    (3, 1, 8, None),
+    (4, 1, 4, None),
+    (4, 1, 5, None),
+    (4, 1, 8, None),
+    (4, 2, 5, None),
+    (4, 1, 4, 3),
+    (4, 1, 5, 3),
+    (5, 1, 6, 3),
+)
+SETTINGS = {
+    **{setting.name: setting for setting in (small_hunt(4, 3, 2, 5, ANYONE), small_hunt(5, 3, 2, 6, ANYONE))},
+    "stag_hunt-4x4-4h1s": Setting("stag_hunt-4x4-4h1s", "stag_hunt-4x4-4h1s", {}, alike(3, *HUNTERS, "random")),
+    "snowdrift-4x4-6d": Setting("snowdrift-4x4-6d", "snowdrift-4x4-6d", {}, alike(3, "nearest_drift", "never_clears")),
+    "snowdrift-6x6-6d": Setting("snowdrift-6x6-6d", "snowdrift-6x6-6d", {}, alike(3, "nearest_drift", "never_clears")),
+}
+
+
+# ---------------------------------------------------------------------------------------- responses
+
+
+class Watcher:
+    """Goes for the stag while another player is within `reach` cells of it, else for the nearest hare. No memory."""
+
+    def __init__(self, env: VecEnv, reach: int):
+        self.stag = make_policy("nearest_stag", env)
+        self.hare = make_policy("nearest_hare", env)
+        self.reach = reach
+
+    def choose(self, step: EnvStep) -> Tensor:
+        A = step.active.shape[1]
+        players = step.state[..., :A].float()  # [N, H, W, A]
+        stags = step.state[..., A + 1].float()  # [N, H, W]
+        near = torch.nn.functional.max_pool2d(stags, 3, stride=1, padding=1) if self.reach else stags
+        for _ in range(1, self.reach):
+            near = torch.nn.functional.max_pool2d(near, 3, stride=1, padding=1)
+        there = torch.einsum("nhwa,nhw->na", players, near) > 0  # [N, A]
+        others = there.sum(1, keepdim=True) - there.long()  # [N, A]
+        to_stag, _ = self.stag.act(step, None)
+        to_hare, _ = self.hare.act(step, None)
+        return torch.where(others > 0, to_stag, to_hare)
+
+
+def make_response(name: str, env: VecEnv) -> Any:
+    """A player by its name: watch-REACH, a script, a run folder."""
+    kind, _, reach = name.partition("-")
+    if kind == "watch" and reach.isdecimal():
+        return FixedPolicy(Watcher(env, int(reach)).choose)
+    return make_policy(name, env)
+
+
+def default_responses(env_id: str) -> list[str]:
+    watchers = []
+    if re.fullmatch(stag_hunt.ENV_ID, env_id):
+        watchers = [f"watch-{reach}" for reach in range(4)]
+    return [*script_names(env_id), *watchers]
+
+
+@torch.no_grad()
+def play(
+    setting: Setting,
+    response: str,
+    mix: tuple[str, ...],
+    episodes: int,
+    seed: int,
+) -> Tensor:
+    """What learner 0 returns in the first episode of each of so many envs. [episodes]"""
+    torch.manual_seed(seed)
+    env = make_vec_env(setting.env_id, episodes, "cpu", seed, **setting.env_kwargs)
+    player = make_response(response, env)
+    partners = Partners(mix, env, make_policy, seed)
+    if partners.first_seat != 1:
+        raise UsageError(f"expected a mix for all seats but the first, got {mix} in {env.env_id}: change its seats")
+    memory = player.initial_state(episodes)
+    step = env.reset(seed)
+    returns = torch.full((episodes,), math.nan)
+    while returns.isnan().any():
+        actions, memory = player.act(step, memory)
+        actions = partners.play(step, actions)
+        memory = player.remember(step, actions, memory)
+        step = env.step(actions)
+        first = step.episode_over & returns.isnan()
+        returns = torch.where(first, step.episode_returns[:, 0], returns)
+    env.close()
+    return returns
+
+
+# ---------------------------------------------------------------------------------------------- gap
+
+
+@dataclass
+class Gap:
+    """What responses [K] return against mixes [M], and what knowing the mix is worth."""
+
+    setting: Setting
+    responses: list[str]
+    means: Tensor  # [K, M]
+    intervals: Tensor  # [K, M], half of a 95 % interval
+
+    @property
+    def best(self) -> Tensor:
+        """Which response is best against each mix. [M]"""
+        return self.means.argmax(0)
+
+    @property
+    def oracle(self) -> float:
+        return self.means.amax(0).mean().item()
+
+    @property
+    def unaware(self) -> float:
+        return self.means.mean(1).max().item()
+
+    @property
+    def share(self) -> float:
+        """The gap as a share of what the oracle returns; 0 where that is nothing."""
+        if self.oracle <= 0:
+            return 0.0
+        return (self.oracle - self.unaware) / self.oracle
+
+
+def measure(setting: Setting, responses: list[str], episodes: int, seed: int) -> Gap:
+    means, intervals = [], []
+    for response in responses:
+        returns = [play(setting, response, mix, episodes, seed) for mix in setting.mixes]
+        returns = torch.stack(returns)  # [M, episodes]
+        means.append(returns.mean(1))
+        intervals.append(1.96 * returns.std(1) / math.sqrt(episodes))
+    return Gap(setting, responses, torch.stack(means), torch.stack(intervals))
+
+
+def as_table(gap: Gap) -> str:
+    """Markdown: a row for each response, a column for each mix; the best of a column is bold."""
+    mixes = [" ".join(mix) for mix in gap.setting.mixes]
+    lines = [f"| {gap.setting.name} | {' | '.join(mixes)} | mean |", "|---|" + "---:|" * (len(mixes) + 1)]
+    for k, response in enumerate(gap.responses):
+        cells = []
+        for m in range(len(mixes)):
+            text = f"{gap.means[k, m]:.2f} ± {gap.intervals[k, m]:.2f}"
+            cells.append(f"**{text}**" if gap.best[m] == k else text)
+        lines.append(f"| `{Path(response).name}` | {' | '.join(cells)} | {gap.means[k].mean():.2f} |")
+    lines.append(f"\noracle {gap.oracle:.2f}, unaware {gap.unaware:.2f}, gap {gap.share:.0%} of the oracle's return")
+    return "\n".join(lines)
+
+
+def append_rows(gap: Gap, episodes: int, seed: int, path: Path) -> None:
+    """Keeps what was measured, a row for each response and mix."""
+    path.parent.mkdir(exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(COLUMNS)
+        for k, response in enumerate(gap.responses):
+            for m, mix in enumerate(gap.setting.mixes):
+                row = [gap.setting.name, Path(response).name, " ".join(mix), episodes, seed]
+                row += [f"{gap.means[k, m]:.4f}", f"{gap.intervals[k, m]:.4f}"]
+                row += [platform.processor() or platform.machine(), time.strftime("%Y-%m-%d")]
+                writer.writerow(row)
+
+
+# --------------------------------------------------------------------------------------- solved games
+
+
+class SolvedHunt:
+    """A stag hunt of two, on some layouts of prey, as tables over all states: what follows each joint action.
+
+    A state is a layout, the learner's cell, the partner's cell, whether the partner is there, which prey is there; S of
+    them in all. n actions, M scripts that the partner may play. A policy [T, S] knows the time step and what the
+    learner sees, so it is the same in states that look the same, and has no memory.
+    """
+
+    def __init__(self, setting: Setting, layouts: Tensor):
+        """layouts [L, I] int64: cells of stag and hares"""
+        self.names = [mix[0].rpartition(":")[0] for mix in setting.mixes]
+        options = {**stag_hunt.preset_options(setting.env_id), **setting.env_kwargs}
+        self.num_cells = options["height"] * options["width"]
+        self.max_cycles = options["max_cycles"]
+        parts = [self._tables(options, prey) for prey in layouts]
+        sizes = [len(part["starts"]) for part in parts]
+        for k, part in enumerate(parts):
+            part["follows"] += sum(sizes[:k])
+        self.starts = torch.cat([part["starts"] for part in parts])  # [S] bool, all equally often
+        self.partner = torch.cat([part["partner"] for part in parts], 1)  # [M, S, n]
+        self.follows = torch.cat([part["follows"] for part in parts])  # [S, n, n] states
+        self.rewards = torch.cat([part["rewards"] for part in parts])  # [S, n, n] of the learner
+        self.goes_on = torch.cat([part["goes_on"] for part in parts])  # [S, n, n] bool
+        self.looks = torch.arange(len(self.starts))  # [S], equal where states look the same
+        if options.get("view"):
+            obs = torch.cat([part["obs"] for part in parts])
+            self.looks = obs.flatten(1).unique(dim=0, return_inverse=True)[1]
+
+    def _tables(self, options: dict[str, Any], prey: Tensor) -> dict[str, Tensor]:
+        """One layout, its states from 0 on."""
+        n = stag_hunt.NUM_ACTIONS
+        cells, alive = self._all_states(prey)
+        states = stag_hunt.StagHuntVecEnv(len(cells), "cpu", 0, **options)
+        step = states.set_positions(cells, alive)
+        probs = [stag_hunt.action_probs(name, states.full_obs(), step.action_mask) for name in self.names]
+        pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))  # [n * n, 2]
+        joint = pairs.repeat(len(cells), 1)  # [S * n * n, 2]
+        every = stag_hunt.StagHuntVecEnv(len(joint), "cpu", 0, **{**options, "view": None})
+        every.set_positions(cells.repeat_interleave(n * n, 0), alive.repeat_interleave(n * n, 0))
+        after = every.step(joint)
+        last = every.state_dict()["last"]
+        ordered = cells.sort(1).values
+        apart = (ordered[:, 1:] != ordered[:, :-1]).all(1)
+        shape = (len(cells), n, n)
+        return {
+            "obs": step.obs[:, 0],
+            "starts": apart & alive.all(1),
+            "partner": torch.stack(probs)[:, :, 1],
+            "follows": self._index(last["final_cells"], last["final_alive"]).view(shape),
+            "rewards": after.rewards[:, 0].view(shape),
+            "goes_on": ~after.terminations[:, 0].view(shape),
+        }
+
+    def _all_states(self, prey: Tensor) -> tuple[Tensor, Tensor]:
+        """cells [S, K], alive [S, K] in the order of `_index`"""
+        cell = torch.arange(self.num_cells)
+        flags = [torch.arange(2)] * (1 + len(prey))
+        rows = torch.cartesian_prod(cell, cell, *flags)  # [S, 3 + I]
+        learner_is_there = torch.ones(len(rows), 1, dtype=torch.bool)
+        alive = torch.cat([learner_is_there, rows[:, 2:].bool()], 1)
+        return torch.cat([rows[:, :2], prey.expand(len(rows), -1)], 1), alive
+
+    def _index(self, cells: Tensor, alive: Tensor) -> Tensor:
+        """Which state of a layout it is. cells, alive [B, K] -> [B]"""
+        at = cells[:, 0] * self.num_cells + cells[:, 1]
+        for flag in alive[:, 1:].unbind(1):
+            at = at * 2 + flag
+        return at
+
+    def action_values(self, values: Tensor) -> Tensor:
+        """Against each script, from what comes after. values [M, S] -> [M, S, n]"""
+        by_script = []
+        for after, partner in zip(values, self.partner, strict=True):
+            outcome = self.rewards + after[self.follows] * self.goes_on  # [S, n, n]
+            by_script.append((outcome * partner[:, None]).sum(-1))
+        return torch.stack(by_script)
+
+    def visits(self, policy: Tensor) -> Tensor:
+        """How often each state is met at each step, against each script. policy [T, S] -> [T, M, S]"""
+        start = self.starts.float()
+        mass = (start / start.sum()).expand(len(self.names), -1)
+        visits = []
+        for actions in policy:
+            visits.append(mass)
+            pick = actions[:, None, None].expand(-1, 1, stag_hunt.NUM_ACTIONS)
+            follows = self.follows.gather(1, pick)[:, 0]  # [S, n]
+            goes_on = self.goes_on.gather(1, pick)[:, 0]
+            moved = mass[..., None] * self.partner * goes_on  # [M, S, n]
+            mass = torch.zeros_like(mass).index_add(1, follows.flatten(), moved.flatten(1))
+        return torch.stack(visits)
+
+    def improve(self, visits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """From the last step back, the action that is best where `visits` [T, M, S] come, scripts weighted by [M].
+
+        Returns policy [T, S] and what it returns against each script [M]. It is never worse than the policy of the
+        visits: each change is made with the steps before it as they were and those after it improved.
+        """
+        values = torch.zeros(len(self.names), len(self.starts))
+        policy = []
+        for met in reversed(visits.unbind(0)):
+            action_values = self.action_values(values)  # [M, S, n]
+            # A little of everything decides where nobody comes.
+            share = weights[:, None] * (met + 1e-9)  # [M, S]
+            mean = (action_values * share[..., None]).sum(0)  # [S, n]
+            by_look = torch.zeros_like(mean).index_add(0, self.looks, mean)
+            actions = by_look.argmax(-1)[self.looks]
+            pick = actions[None, :, None].expand(len(self.names), -1, 1)
+            values = action_values.gather(2, pick)[..., 0]
+            policy.append(actions)
+        return torch.stack(policy[::-1]), values[:, self.starts].mean(1)
+
+    def solve(self, weights: Tensor, visits: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:
+        """Improves until nothing changes: the visits [T, M, S] of a policy, and what it returns [M]."""
+        returns = torch.full((len(self.names),), -math.inf)
+        for _ in range(rounds):
+            policy, better = self.improve(visits, weights)
+            if weights @ better <= weights @ returns + 1e-5:
+                break
+            returns = better
+            visits = self.visits(policy)
+        return visits, returns
+
+    def solve_without_clock(self, rounds: int = 60, step_size: float = 2.0) -> Tensor:
+        """The best policy found that sees no clock either, by natural policy gradient from uniform on: returns [M].
+
+        It may mix its actions: probabilities [looks, n], multiplied by exp(step_size x mean advantage) in each round.
+        """
+        num_looks, n = int(self.looks.max()) + 1, stag_hunt.NUM_ACTIONS
+        logits = torch.zeros(num_looks, n)
+        best = torch.zeros(len(self.names))
+        for _ in range(rounds):
+            probs = logits.softmax(1)[self.looks]  # [S, n]
+            visits = self._mixed_visits(probs)
+            values = torch.zeros(len(self.names), len(self.starts))
+            gain = torch.zeros(len(self.starts), n)
+            for met in reversed(visits):
+                action_values = self.action_values(values)  # [M, S, n]
+                values = (action_values * probs).sum(-1)
+                advantage = action_values - values[..., None]
+                gain += (met[..., None] * advantage).sum(0)
+            returns = values[:, self.starts].mean(1)
+            if returns.mean() > best.mean():
+                best = returns
+            often = sum(met.sum(0) for met in visits)  # [S]
+            often = torch.zeros(num_looks).index_add(0, self.looks, often)
+            gain = torch.zeros(num_looks, n).index_add(0, self.looks, gain)
+            logits = logits + step_size * gain / often.clamp(min=1e-12)[:, None]
+        return best
+
+    def _mixed_visits(self, probs: Tensor) -> list[Tensor]:
+        """How often each state is met at each step, T times [M, S], by a policy that mixes actions. probs [S, n]"""
+        start = self.starts.float()
+        mass = (start / start.sum()).expand(len(self.names), -1)
+        follows = self.follows.flatten()  # [S * n * n]
+        visits = []
+        for _ in range(self.max_cycles):
+            visits.append(mass)
+            after = []
+            for here, partner in zip(mass, self.partner, strict=True):
+                joint = probs[:, :, None] * partner[:, None]  # [S, n, n]
+                moved = here[:, None, None] * joint * self.goes_on
+                after.append(torch.zeros_like(here).index_add(0, follows, moved.flatten()))
+            mass = torch.stack(after)
+        return visits
+
+    def gap(self) -> tuple[Tensor, Tensor]:
+        """What the best policy for each script returns, and the best found for all of them: [M] each."""
+        M = len(self.names)
+        everywhere = torch.full((self.max_cycles, M, len(self.starts)), 1 / len(self.starts))
+        of_each = [self.solve(weights, everywhere) for weights in torch.eye(M)]
+        known = torch.stack([returns[m] for m, (_, returns) in enumerate(of_each)])
+        unaware = torch.zeros(M)
+        for visits in [everywhere, *(visits for visits, _ in of_each)]:
+            _, returns = self.solve(torch.ones(M) / M, visits)
+            if returns.mean() > unaware.mean():
+                unaware = returns
+        # Whoever is best for all is also one way to answer each.
+        return torch.maximum(known, unaware), unaware
+
+
+def solve_layouts(setting: Setting, num_layouts: int, seed: int) -> SolvedHunt:
+    """So many layouts, drawn as the env draws them. UsageError: it is no hunt of two."""
+    options = {**stag_hunt.preset_options(setting.env_id), **setting.env_kwargs}
+    if options["num_players"] != 2 or options.get("num_blocks"):
+        raise UsageError(f"--solve expects stag hunts of two players without blocks, got {setting.name}")
+    generator = torch.Generator().manual_seed(seed)
+    num_prey = options["num_stags"] + options["num_hares"]
+    num_cells = options["height"] * options["width"]
+    layouts = [torch.randperm(num_cells, generator=generator)[:num_prey] for _ in range(num_layouts)]
+    return SolvedHunt(setting, torch.stack(layouts))
+
+
+# --------------------------------------------------------------------------------------------- search
+
+
+def searched_settings() -> list[Setting]:
+    """Small hunts, from ample to scarce: time, hares, partners who are of use."""
+    grid = itertools.product((4, 6), (2, 3), (1, 2), (5, 8, 12), (HUNTERS, ANYONE))
+    settings = []
+    for side, num_players, num_hares, max_cycles, partners in grid:
+        settings.append(small_hunt(side, num_players, num_hares, max_cycles, partners))
+    return settings
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+@dataclass
+class Args:
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    """settings to measure, by name"""
+    responses: tuple[str, ...] = ()
+    """run folders (or plan's) to try beside the scripts and watchers"""
+    search: bool = False
+    """go through many small stag hunts instead, and print the largest gaps"""
+    solve: bool = False
+    """solve hunts of two players instead"""
+    layouts: int = 4
+    """how many layouts of prey are solved"""
+    top: int = 20
+    """how many of them to print"""
+    episodes: int = 2000
+    """episodes of each response against each mix"""
+    seed: int = 1
+    """of envs, partners and actions"""
+    num_threads: int | None = 1
+    """CPU threads of torch; None: torch's default"""
+    out: str = field(default=str(RESULTS / "adaptation_gap.csv"))
+    """where rows are appended (not those of a search)"""
+
+
+def search(args: Args, measured: Callable[[Setting], Gap]) -> None:
+    found = [measured(setting) for setting in searched_settings()]
+    found.sort(key=lambda gap: gap.share, reverse=True)
+    print("| setting | partners | oracle | unaware, by | gap |\n|---|---|---:|---|---:|")
+    for gap in found[: args.top]:
+        unaware = gap.responses[int(gap.means.mean(1).argmax())]
+        partners = ", ".join(mix[0] for mix in gap.setting.mixes)
+        numbers = f"{gap.oracle:.2f} | {gap.unaware:.2f}, `{unaware}` | {gap.share:.0%}"
+        print(f"| {gap.setting.name} | {partners} | {numbers} |")
+
+
+def solve(args: Args) -> None:
+    print("| setting | oracle | unaware | and without a clock | gap | and without a clock |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for side, num_hares, max_cycles, view in SOLVED:
+        setting = small_hunt(side, 2, num_hares, max_cycles, ANYONE, view)
+        solved = solve_layouts(setting, args.layouts, args.seed)
+        oracle, unaware = solved.gap()
+        without_clock = solved.solve_without_clock()
+        means = [returns.mean().item() for returns in (oracle, unaware, without_clock)]
+        shares = [f"{1 - mean / means[0]:.0%}" for mean in means[1:]]
+        texts = [f"{mean:.3f}" for mean in means]
+        print(f"| {setting.name} | {' | '.join(texts + shares)} |", flush=True)
+
+
+def main(args: Args) -> None:
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+
+    def measured(setting: Setting) -> Gap:
+        responses = [*default_responses(setting.env_id), *args.responses]
+        return measure(setting, responses, args.episodes, args.seed)
+
+    if args.search:
+        search(args, measured)
+        return
+    if args.solve:
+        solve(args)
+        return
+    unknown = [name for name in args.settings if name not in SETTINGS]
+    if unknown:
+        raise UsageError(f"--settings: expected {', '.join(SETTINGS)}, got {', '.join(unknown)}: name one of these")
+    for name in args.settings:
+        gap = measured(SETTINGS[name])
+        print(as_table(gap), flush=True)
+        append_rows(gap, args.episodes, args.seed, Path(args.out))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,139 @@
+"""The adaptation benchmark: what knowing the partners is worth, and the responses it is measured with."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmark.adaptation import (
+    SETTINGS,
+    Args,
+    Gap,
+    Setting,
+    SolvedHunt,
+    Watcher,
+    alike,
+    append_rows,
+    as_table,
+    main,
+    measure,
+    play,
+    small_hunt,
+    solve_layouts,
+)
+from envs.stag_hunt import HUNT_HARE, HUNT_STAG, StagHuntVecEnv
+from runs import UsageError
+
+HUNT = small_hunt(4, 2, 1, 8, ("nearest_stag", "nearest_hare"))
+
+
+def gap_of(rows):
+    return Gap(HUNT, [str(k) for k in range(len(rows))], torch.tensor(rows), torch.zeros(len(rows), 2))
+
+
+def test_the_gap_is_what_knowing_the_mix_is_worth():
+    gap = gap_of([[5.0, 0.0], [1.0, 1.0], [0.0, 3.0]])
+    assert gap.best.tolist() == [0, 2]
+    assert gap.oracle == 4 and gap.unaware == 2.5 and gap.share == pytest.approx(0.375)
+    assert gap_of([[2.0, 1.0], [1.0, 0.5]]).share == 0  # one response is best everywhere
+    assert gap_of([[0.0, 0.0]]).share == 0
+    assert "**5.00 ± 0.00** | 0.00 ± 0.00 | 2.50 |" in as_table(gap)
+    assert "oracle 4.00, unaware 2.50, gap 38 %" in as_table(gap).replace("38%", "38 %")
+
+
+def test_rows_are_kept_and_appended(tmp_path):
+    path = tmp_path / "results" / "gap.csv"
+    for _ in range(2):
+        append_rows(gap_of([[5.0, 0.0]]), 100, 1, path)
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    assert len(rows) == 4 and rows[0]["mix"] == "nearest_stag:1" and float(rows[0]["mean_return"]) == 5
+
+
+def test_a_watcher_goes_where_others_are():
+    env = StagHuntVecEnv(1, "cpu", 0, num_players=3, num_hares=1)
+    on_both = [5, 10]  # cells of the stag and of the hare
+    for others, reach, hunts_stag in (
+        ((5, 15), 0, True),  # one stands on it
+        ((6, 15), 0, False),
+        ((6, 15), 1, True),
+        ((10, 15), 1, True),  # the corner
+        ((7, 15), 1, False),
+        ((7, 15), 2, True),
+    ):
+        for cell, hunt in ((5, HUNT_STAG), (10, HUNT_HARE)):
+            step = env.set_positions(torch.tensor([[cell, *others, *on_both]]))
+            action = Watcher(env, reach).choose(step)[0, 0].item()
+            assert (action == hunt) == (hunts_stag == (hunt == HUNT_STAG))
+
+
+def test_play_is_the_return_of_seat_0_against_the_mix():
+    assert play(HUNT, "stay", ("nearest_hare:1",), 200, 1).eq(0).all()
+    alone = play(HUNT, "nearest_hare", ("stay:1",), 200, 1)
+    assert set(alone.tolist()) <= {0.0, 1.0} and alone.mean() > 0.9
+    together = play(HUNT, "nearest_stag", ("nearest_stag:1",), 200, 1)
+    assert together.eq(5).all()  # 8 steps are enough on this map
+    assert torch.equal(together, play(HUNT, "nearest_stag", ("nearest_stag:1",), 200, 1))
+    with pytest.raises(UsageError, match="all seats but the first"):
+        play(SETTINGS["snowdrift-4x4-6d"], "stay", ("stay:1",), 2, 1)
+
+
+def test_measured_gaps_of_known_motives():
+    """Against those who clear it pays to rest, against those who do not to work: nobody who cannot know does both."""
+    gap = measure(SETTINGS["snowdrift-6x6-6d"], ["nearest_drift", "stay"], 200, 1)
+    assert gap.best.tolist() == [1, 0] and gap.means.shape == (2, 2)
+    assert 0.1 < gap.share < 0.15
+
+
+def test_a_pool_draws_the_mixes():
+    assert HUNT.pool == ("same=nearest_stag,nearest_hare:1",)
+    mixed = Setting("x", "stag_hunt", {}, (*alike(3, "stay"), ("stay:1", "random:2")))
+    with pytest.raises(UsageError, match="one script each"):
+        _ = mixed.pool
+
+
+def test_unknown_settings_are_one_line(tmp_path):
+    with pytest.raises(UsageError, match="--settings: expected .*, got nowhere"):
+        main(Args(settings=("nowhere",), out=str(tmp_path / "x.csv")))
+
+
+def hunt_of_four_cells(max_cycles, view=None):
+    """Two players, a stag and a hare on 2 x 2: everyone starts on a cell of its own. All 12 layouts."""
+    setting = small_hunt(2, 2, 1, max_cycles, ("nearest_stag", "stay"), view)
+    layouts = [[stag, hare] for stag in range(4) for hare in range(4) if hare != stag]
+    return SolvedHunt(setting, torch.tensor(layouts))
+
+
+def test_a_solved_hunt_by_hand():
+    """In two steps one can only go to a neighbouring cell and hunt there. By where the hare starts, a third each:
+
+    opposite the stag: both players are beside both, so the learner takes 5 with a stag hunter, or 1.
+    beside the stag, the learner opposite the stag: it is beside the hare and takes 1.
+    beside the stag, the partner opposite the stag: the learner is beside the stag alone and has nothing.
+    """
+    solved = hunt_of_four_cells(2)
+    known, unaware = solved.gap()
+    assert known.tolist() == pytest.approx([(5 + 1 + 0) / 3, (1 + 1 + 0) / 3])
+    assert unaware.tolist() == pytest.approx([(5 + 1 + 0) / 3, (0 + 1 + 0) / 3])
+    without_clock = solved.solve_without_clock()
+    assert without_clock.tolist() == pytest.approx(unaware.tolist(), abs=0.02)
+    known, unaware = hunt_of_four_cells(8).gap()
+    assert known.tolist() == unaware.tolist() == pytest.approx([5, 1])  # time enough to see who comes
+
+
+def test_a_window_hides_and_never_helps():
+    small_window = hunt_of_four_cells(3, view=1)
+    whole_map = hunt_of_four_cells(3)
+    assert small_window.looks.unique().numel() < whole_map.looks.unique().numel() == len(whole_map.starts)
+    for seen, all_seen in zip(small_window.gap(), whole_map.gap(), strict=True):
+        assert seen.mean() < all_seen.mean() - 0.1
+
+
+def test_solved_values_are_those_of_play():
+    """The best answers to `stay` and to a stag hunter that scripts give are no better than the solution."""
+    setting = small_hunt(3, 2, 1, 8, ("nearest_stag", "stay"))
+    known, _ = solve_layouts(setting, 4, 1).gap()
+    together = play(setting, "nearest_stag", ("nearest_stag:1",), 300, 1)
+    alone = play(setting, "nearest_hare", ("stay:1",), 300, 1)
+    assert known.tolist() == pytest.approx([together.mean().item(), alone.mean().item()], abs=0.01)
+    with pytest.raises(UsageError, match="two players"):
+        solve_layouts(small_hunt(3, 3, 1, 8, ("stay",)), 1, 1)
