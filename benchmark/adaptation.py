@@ -2,7 +2,7 @@
 
     python benchmark/adaptation.py                     # settings of this study: the table and its gap, 2 minutes
     python benchmark/adaptation.py --search            # many small stag hunts, the largest gaps first
-    python benchmark/adaptation.py --solve             # hunts of two players, over all policies: 5 minutes
+    python benchmark/adaptation.py --solve             # small hunts, over all policies: 10 minutes
     python benchmark/adaptation.py --settings stag_hunt-4x4-4h1s --responses runs/POOL runs/KNOWS   # trained ones too
 
 A setting is an env and the mixes of partners that learner 0 meets, each equally often.
@@ -42,7 +42,6 @@ from hyper_mappo import make_policy
 from runs import UsageError
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ASKED_GAP = 0.3  # of the oracle's return: from here on a setting is hard without knowing the partners
 COLUMNS = "setting response mix episodes seed mean_return interval_95 machine date".split()
 
 
@@ -94,18 +93,20 @@ def small_hunt(
 
 HUNTERS = ("nearest_stag", "nearest_hare")
 ANYONE = ("nearest_stag", "nearest_hare", "random", "stay")
-SOLVED = (  # side, hares, max_cycles, view
-    (3, 1, 3, None),
-    (3, 1, 3, 3),
-    (3, 1, 5, None),
-    (3, 1, 8, None),
-    (4, 1, 4, None),
-    (4, 1, 5, None),
-    (4, 1, 8, None),
-    (4, 2, 5, None),
-    (4, 1, 4, 3),
-    (4, 1, 5, 3),
-    (5, 1, 6, 3),
+SOLVED = (  # side, players, hares, max_cycles, view
+    (3, 2, 1, 3, None),
+    (3, 2, 1, 3, 3),
+    (3, 2, 1, 5, None),
+    (3, 2, 1, 8, None),
+    (4, 2, 1, 4, None),
+    (4, 2, 1, 5, None),
+    (4, 2, 1, 4, 3),
+    (4, 2, 1, 5, 3),
+    (4, 2, 1, 6, 3),
+    (4, 2, 2, 4, 3),
+    (4, 2, 4, 3, 3),
+    (5, 2, 1, 5, 3),
+    (5, 2, 1, 6, 3),
 )
 SETTINGS = {
     **{setting.name: setting for setting in (small_hunt(4, 3, 2, 5, ANYONE), small_hunt(5, 3, 2, 6, ANYONE))},
@@ -261,11 +262,11 @@ def append_rows(gap: Gap, episodes: int, seed: int, path: Path) -> None:
 
 
 class SolvedHunt:
-    """A stag hunt of two, on some layouts of prey, as tables over all states: what follows each joint action.
+    """A small stag hunt, on some layouts of prey, as tables over all states: what follows each joint action.
 
-    A state is a layout, the learner's cell, the partner's cell, whether the partner is there, which prey is there; S of
-    them in all. n actions, M scripts that the partner may play. A policy [T, S] knows the time step and what the
-    learner sees, so it is the same in states that look the same, and has no memory.
+    A state is a layout, everybody's cell, which partners and which prey are there; S of them in all. n actions of the
+    learner, B joint ones of its partners, M scripts: all partners play the same. A policy [T, S] knows the time step
+    and what the learner sees, so it is the same in states that look the same, and has no memory.
     """
 
     def __init__(self, setting: Setting, layouts: Tensor):
@@ -273,16 +274,17 @@ class SolvedHunt:
         self.names = [mix[0].rpartition(":")[0] for mix in setting.mixes]
         options = {**stag_hunt.preset_options(setting.env_id), **setting.env_kwargs}
         self.num_cells = options["height"] * options["width"]
+        self.num_players = options["num_players"]
         self.max_cycles = options["max_cycles"]
         parts = [self._tables(options, prey) for prey in layouts]
         sizes = [len(part["starts"]) for part in parts]
         for k, part in enumerate(parts):
             part["follows"] += sum(sizes[:k])
         self.starts = torch.cat([part["starts"] for part in parts])  # [S] bool, all equally often
-        self.partner = torch.cat([part["partner"] for part in parts], 1)  # [M, S, n]
-        self.follows = torch.cat([part["follows"] for part in parts])  # [S, n, n] states
-        self.rewards = torch.cat([part["rewards"] for part in parts])  # [S, n, n] of the learner
-        self.goes_on = torch.cat([part["goes_on"] for part in parts])  # [S, n, n] bool
+        self.partner = torch.cat([part["partner"] for part in parts], 1)  # [M, S, B]
+        self.follows = torch.cat([part["follows"] for part in parts])  # [S, n, B] states
+        self.rewards = torch.cat([part["rewards"] for part in parts])  # [S, n, B] of the learner
+        self.goes_on = torch.cat([part["goes_on"] for part in parts])  # [S, n, B] bool
         self.looks = torch.arange(len(self.starts))  # [S], equal where states look the same
         if options.get("view"):
             obs = torch.cat([part["obs"] for part in parts])
@@ -290,41 +292,57 @@ class SolvedHunt:
 
     def _tables(self, options: dict[str, Any], prey: Tensor) -> dict[str, Tensor]:
         """One layout, its states from 0 on."""
-        n = stag_hunt.NUM_ACTIONS
         cells, alive = self._all_states(prey)
-        states = stag_hunt.StagHuntVecEnv(len(cells), "cpu", 0, **options)
-        step = states.set_positions(cells, alive)
-        probs = [stag_hunt.action_probs(name, states.full_obs(), step.action_mask) for name in self.names]
-        pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))  # [n * n, 2]
-        joint = pairs.repeat(len(cells), 1)  # [S * n * n, 2]
-        every = stag_hunt.StagHuntVecEnv(len(joint), "cpu", 0, **{**options, "view": None})
-        every.set_positions(cells.repeat_interleave(n * n, 0), alive.repeat_interleave(n * n, 0))
-        after = every.step(joint)
-        last = every.state_dict()["last"]
+        env = stag_hunt.StagHuntVecEnv(len(cells), "cpu", 0, **options)
+        step = env.set_positions(cells, alive)
+        partner = []
+        for name in self.names:
+            probs = stag_hunt.action_probs(name, env.full_obs(), step.action_mask)  # [S, A, n]
+            joint = torch.ones(len(cells), 1)
+            for others in probs[:, 1:].unbind(1):
+                joint = (joint[..., None] * others[:, None]).flatten(1)
+            partner.append(joint)  # [S, B]
         ordered = cells.sort(1).values
         apart = (ordered[:, 1:] != ordered[:, :-1]).all(1)
-        shape = (len(cells), n, n)
+        after = [self._after(options, cells, alive, own) for own in range(stag_hunt.NUM_ACTIONS)]
+        follows, rewards, goes_on = (torch.stack(part, 1) for part in zip(*after, strict=True))
         return {
             "obs": step.obs[:, 0],
             "starts": apart & alive.all(1),
-            "partner": torch.stack(probs)[:, :, 1],
-            "follows": self._index(last["final_cells"], last["final_alive"]).view(shape),
-            "rewards": after.rewards[:, 0].view(shape),
-            "goes_on": ~after.terminations[:, 0].view(shape),
+            "partner": torch.stack(partner),
+            "follows": follows,
+            "rewards": rewards,
+            "goes_on": goes_on,
         }
+
+    def _after(self, options: dict[str, Any], cells: Tensor, alive: Tensor, own: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What follows an action of the learner and all of its partners: state, reward, whether it goes on. [S, B]"""
+        action = torch.arange(stag_hunt.NUM_ACTIONS)
+        joint = torch.cartesian_prod(torch.tensor([own]), *[action] * (self.num_players - 1))  # [B, A]
+        B = len(joint)
+        env = stag_hunt.StagHuntVecEnv(len(cells) * B, "cpu", 0, **{**options, "view": None})
+        env.set_positions(cells.repeat_interleave(B, 0), alive.repeat_interleave(B, 0))
+        step = env.step(joint.repeat(len(cells), 1))
+        last = env.state_dict()["last"]
+        follows = self._index(last["final_cells"], last["final_alive"])
+        parts = follows, step.rewards[:, 0], ~step.terminations[:, 0]
+        return tuple(part.view(-1, B) for part in parts)
 
     def _all_states(self, prey: Tensor) -> tuple[Tensor, Tensor]:
         """cells [S, K], alive [S, K] in the order of `_index`"""
-        cell = torch.arange(self.num_cells)
-        flags = [torch.arange(2)] * (1 + len(prey))
-        rows = torch.cartesian_prod(cell, cell, *flags)  # [S, 3 + I]
+        cell, flag = torch.arange(self.num_cells), torch.arange(2)
+        num_flags = self.num_players - 1 + len(prey)
+        rows = torch.cartesian_prod(*[cell] * self.num_players, *[flag] * num_flags)
+        players = rows[:, : self.num_players]
         learner_is_there = torch.ones(len(rows), 1, dtype=torch.bool)
-        alive = torch.cat([learner_is_there, rows[:, 2:].bool()], 1)
-        return torch.cat([rows[:, :2], prey.expand(len(rows), -1)], 1), alive
+        alive = torch.cat([learner_is_there, rows[:, self.num_players :].bool()], 1)
+        return torch.cat([players, prey.expand(len(rows), -1)], 1), alive
 
     def _index(self, cells: Tensor, alive: Tensor) -> Tensor:
         """Which state of a layout it is. cells, alive [B, K] -> [B]"""
-        at = cells[:, 0] * self.num_cells + cells[:, 1]
+        at = torch.zeros(len(cells), dtype=torch.int64)
+        for cell in cells[:, : self.num_players].unbind(1):
+            at = at * self.num_cells + cell
         for flag in alive[:, 1:].unbind(1):
             at = at * 2 + flag
         return at
@@ -333,7 +351,7 @@ class SolvedHunt:
         """Against each script, from what comes after. values [M, S] -> [M, S, n]"""
         by_script = []
         for after, partner in zip(values, self.partner, strict=True):
-            outcome = self.rewards + after[self.follows] * self.goes_on  # [S, n, n]
+            outcome = self.rewards + after[self.follows] * self.goes_on  # [S, n, B]
             by_script.append((outcome * partner[:, None]).sum(-1))
         return torch.stack(by_script)
 
@@ -344,10 +362,10 @@ class SolvedHunt:
         visits = []
         for actions in policy:
             visits.append(mass)
-            pick = actions[:, None, None].expand(-1, 1, stag_hunt.NUM_ACTIONS)
-            follows = self.follows.gather(1, pick)[:, 0]  # [S, n]
+            pick = actions[:, None, None].expand(-1, 1, self.follows.shape[2])
+            follows = self.follows.gather(1, pick)[:, 0]  # [S, B]
             goes_on = self.goes_on.gather(1, pick)[:, 0]
-            moved = mass[..., None] * self.partner * goes_on  # [M, S, n]
+            moved = mass[..., None] * self.partner * goes_on  # [M, S, B]
             mass = torch.zeros_like(mass).index_add(1, follows.flatten(), moved.flatten(1))
         return torch.stack(visits)
 
@@ -413,13 +431,13 @@ class SolvedHunt:
         """How often each state is met at each step, T times [M, S], by a policy that mixes actions. probs [S, n]"""
         start = self.starts.float()
         mass = (start / start.sum()).expand(len(self.names), -1)
-        follows = self.follows.flatten()  # [S * n * n]
+        follows = self.follows.flatten()  # [S * n * B]
         visits = []
         for _ in range(self.max_cycles):
             visits.append(mass)
             after = []
             for here, partner in zip(mass, self.partner, strict=True):
-                joint = probs[:, :, None] * partner[:, None]  # [S, n, n]
+                joint = probs[:, :, None] * partner[:, None]  # [S, n, B]
                 moved = here[:, None, None] * joint * self.goes_on
                 after.append(torch.zeros_like(here).index_add(0, follows, moved.flatten()))
             mass = torch.stack(after)
@@ -441,10 +459,10 @@ class SolvedHunt:
 
 
 def solve_layouts(setting: Setting, num_layouts: int, seed: int) -> SolvedHunt:
-    """So many layouts, drawn as the env draws them. UsageError: it is no hunt of two."""
+    """So many layouts, drawn as the env draws them. UsageError: there are blocks."""
     options = {**stag_hunt.preset_options(setting.env_id), **setting.env_kwargs}
-    if options["num_players"] != 2 or options.get("num_blocks"):
-        raise UsageError(f"--solve expects stag hunts of two players without blocks, got {setting.name}")
+    if options.get("num_blocks"):
+        raise UsageError(f"expected a hunt without blocks to solve, got {setting.name}: leave out num_blocks")
     generator = torch.Generator().manual_seed(seed)
     num_prey = options["num_stags"] + options["num_hares"]
     num_cells = options["height"] * options["width"]
@@ -476,7 +494,7 @@ class Args:
     search: bool = False
     """go through many small stag hunts instead, and print the largest gaps"""
     solve: bool = False
-    """solve hunts of two players instead"""
+    """solve small hunts instead"""
     layouts: int = 4
     """how many layouts of prey are solved"""
     top: int = 20
@@ -505,8 +523,8 @@ def search(args: Args, measured: Callable[[Setting], Gap]) -> None:
 def solve(args: Args) -> None:
     print("| setting | oracle | unaware | and without a clock | gap | and without a clock |")
     print("|---|---:|---:|---:|---:|---:|")
-    for side, num_hares, max_cycles, view in SOLVED:
-        setting = small_hunt(side, 2, num_hares, max_cycles, ANYONE, view)
+    for side, num_players, num_hares, max_cycles, view in SOLVED:
+        setting = small_hunt(side, num_players, num_hares, max_cycles, ANYONE, view)
         solved = solve_layouts(setting, args.layouts, args.seed)
         oracle, unaware = solved.gap()
         without_clock = solved.solve_without_clock()

@@ -135,5 +135,16 @@ def test_solved_values_are_those_of_play():
     together = play(setting, "nearest_stag", ("nearest_stag:1",), 300, 1)
     alone = play(setting, "nearest_hare", ("stay:1",), 300, 1)
     assert known.tolist() == pytest.approx([together.mean().item(), alone.mean().item()], abs=0.01)
-    with pytest.raises(UsageError, match="two players"):
-        solve_layouts(small_hunt(3, 3, 1, 8, ("stay",)), 1, 1)
+
+
+def test_a_solved_hunt_of_three_by_hand():
+    """On 1 x 5 and in two steps: two hunters beside the learner share the stag with it or take it from it."""
+    kwargs = {"height": 1, "width": 5, "num_players": 3, "num_hares": 1, "max_cycles": 2}
+    setting = Setting("corridor", "stag_hunt", kwargs, alike(2, "nearest_stag", "stay"))
+    solved = SolvedHunt(setting, torch.tensor([[2, 0]]))  # players on 1, 3 and 4 in some order, stag on 2, hare on 0
+    known, unaware = solved.gap()
+    # On 1 it is beside both: with one hunter on 3 it takes 5; from 3 with one on 1 likewise; from 4 it reaches nothing.
+    assert known.tolist() == pytest.approx([(5 + 5 + 0) / 3, (1 + 0 + 0) / 3])
+    assert unaware.tolist() == pytest.approx([(5 + 5 + 0) / 3, 0])
+    with pytest.raises(UsageError, match="without blocks"):
+        solve_layouts(Setting("blocks", "stag_hunt", {"num_blocks": 1}, alike(3, "stay")), 1, 1)
