@@ -51,7 +51,7 @@ FORMAT = "marl-dataset"
 VERSION = 1
 SPLITS = ("train", "heldout_episodes", "heldout_policies")
 CHUNK_BYTES = 64 * 2**20  # how much of a large field is looked at in one go
-COMMIT_SECONDS = 2.0  # how often finished episodes are committed
+COMMIT_SECONDS = 10.0  # how often finished episodes are committed
 PACKAGES = ("numpy", "torch", "gymnasium", "pettingzoo")
 # What of the meta a continued collection may change
 GROWING = {"num_steps", "num_episodes", "versions", "segment", "checksums"}

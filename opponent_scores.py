@@ -305,7 +305,8 @@ def evaluate(
             f"of {overall['ceiling_top1']:.4f} and {overall['ceiling_top3']:.4f}"
         )
     write_csv(run_dir / f"moa_eval_epoch{epoch}.csv", table)
-    np.savez(run_dir / f"moa_eval_epoch{epoch}.npz", **arrays)
+    with whole_file(run_dir / f"moa_eval_epoch{epoch}.npz") as temporary:
+        np.savez(temporary, **arrays)
     return logged
 
 

@@ -33,7 +33,8 @@ ORDER = [
     ["opponent_scores"],
     ["pretrain_vae", "world_model"],
     ["hyper_mappo"],
-    ["collect_data", "plan", "test_obs_reward_model"],
+    ["plan"],
+    ["collect_data", "test_obs_reward_model"],
     ["benchmark"],
 ]
 
