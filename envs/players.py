@@ -74,7 +74,7 @@ def scripted_player(name: str, env: VecEnv) -> FixedPolicy:
     game = scripted_game(env.env_id)
     if game is not None:
         return FixedPolicy(_grid_script(game, name, env))
-    if isinstance(env.action_space, gym.spaces.Discrete):
+    if isinstance(env.action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         return FixedPolicy(_random_legal(env))
     return FixedPolicy(_random_in_bounds(env))
 
@@ -96,13 +96,20 @@ def _grid_script(game: ModuleType, name: str, env: VecEnv) -> Choose:
 
 
 def _random_legal(env: VecEnv) -> Choose:
+    """Uniform over legal actions, in each part of those that have parts (MultiDiscrete)."""
+    in_parts = isinstance(env.action_space, gym.spaces.MultiDiscrete)
+    sizes = env.action_space.nvec.tolist() if in_parts else [int(env.action_space.n)]
+
     def choose(step: EnvStep) -> Tensor:
         if step.action_mask is None:
-            shape = (*step.active.shape, env.action_space.n)
-            legal = torch.ones(shape, device=env.device)  # [N, A, n]
+            shape = (*step.active.shape, sum(sizes))
+            legal = torch.ones(shape, device=env.device)  # [N, A, sum of sizes]
         else:
             legal = step.action_mask.float()
-        actions = torch.multinomial(legal.flatten(0, 1), 1)  # [N * A, 1]
+        drawn = [torch.multinomial(part.flatten(0, 1), 1) for part in legal.split(sizes, dim=-1)]  # [N * A, 1] each
+        actions = torch.cat(drawn, dim=1)  # [N * A, D]
+        if in_parts:
+            return actions.view(*step.active.shape, len(sizes))
         return actions.view(step.active.shape)
 
     return choose

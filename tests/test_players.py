@@ -79,6 +79,20 @@ def test_random_is_uniform_over_legal_actions():
     assert actions.unique().tolist() == [0, 1, 2, 3, 4]
 
 
+def test_random_is_uniform_in_each_part_of_an_action():
+    env = make_vec_env("pursuit", 500, "cpu", 0)
+    env.action_space = gym.spaces.MultiDiscrete([3, 2])
+    player, step = scripted_player("random", env), env.reset(0)
+    actions, _ = player.act(step, None)
+    assert actions.shape == (500, 8, 2) and actions.dtype == torch.int64
+    for part, size in enumerate((3, 2)):
+        shares = torch.bincount(actions[..., part].flatten(), minlength=size) / 4000
+        assert len(shares) == size and ((shares - 1 / size).abs() < 0.04).all()
+    step.action_mask = torch.tensor([True, False, True, False, True]).expand(500, 8, 5)
+    actions, _ = player.act(step, None)
+    assert actions[..., 0].unique().tolist() == [0, 2] and actions[..., 1].unique().tolist() == [1]
+
+
 def test_random_stays_in_the_bounds_of_continuous_actions():
     env = make_vec_env("butterfly/pistonball_v6", 1, "cpu", 0, n_pistons=4)
     env.action_space = gym.spaces.Box(-2.0, 6.0, (1,))
