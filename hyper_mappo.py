@@ -22,6 +22,7 @@ import itertools
 import math
 import os
 import random
+import re
 import sys
 import time
 from collections import deque
@@ -53,11 +54,13 @@ from envs import (
     EnvStep,
     VecEnv,
     check_env,
+    check_picture,
     default_env_procs,
     individual_kwargs,
     make_eval_env,
     make_vec_env,
     num_cpus,
+    stag_hunt,
 )
 from envs.players import FixedPolicy, Partners, parse_partners, scripted_player
 from pretrain_vae import load_vae
@@ -91,6 +94,7 @@ from runs import (
 
 CHECKPOINT_FORMAT = "hyper_mappo/3"
 PROBE_ENVS = 16  # envs whose first rollout shows how the policy changes from update to update
+STAG_HUNT_SPIRIT = 0.9  # what --team-spirit None stands for there: who hunts a hare leaves the others the stag
 GRADIENT_COSINE_EVERY = 10  # updates
 EVAL_SEED = 1_000_000  # keeps the seeds of evaluation apart from those of training
 EVAL_ENVS = {"pettingzoo": 8, "batched": 128}  # at most, whatever the machine: returns depend on it
@@ -149,8 +153,9 @@ class Args:
     anneal_lr: bool = False
     """lower the learning rates linearly to 0"""
     team_spirit: float | None = None
-    """t of 0 ... 1: what is trained on is (1 - t) x the agent's own reward + t x the mean over active learners. Below 1
-    the env pays every agent for itself, where it can; None: 0"""
+    """t of 0 ... 1: what is trained on is (1 - t) x the own reward + t x the mean over learners; above 0 who left
+    early still gets its share of what others are paid later. Below 1 the env pays every agent for itself, where it
+    can. None: 0.9 on the stag hunts, else 0"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.95
@@ -1107,16 +1112,15 @@ def regression_loss(error: Tensor, huber_delta: float | None) -> Tensor:
     return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=huber_delta)
 
 
-def shared_rewards(rewards: Tensor, learns: Tensor, team_spirit: float) -> Tensor:
+def shared_rewards(rewards: Tensor, learners: Tensor, team_spirit: float) -> Tensor:
     """(1 - t) own + t x the mean over those who learn (OpenAI et al. 2019, arXiv 1912.06680, "team spirit").
 
-    rewards [..., A], learns [..., A]: who is active and learns -> [..., A], own rewards for everyone else
+    rewards [..., A], 0 for those who have left, learners [A] -> [..., A], own rewards for everyone else
     """
     if team_spirit == 0:
         return rewards
-    weights = learns.float()
-    total = (rewards * weights).sum(-1, keepdim=True)
-    team = total / weights.sum(-1, keepdim=True).clamp(min=1.0)
+    weights = learners.float()
+    team = (rewards @ weights / weights.sum()).unsqueeze(-1)
     return torch.lerp(rewards, team, team_spirit * weights)
 
 
@@ -1148,28 +1152,43 @@ def compute_gae(
 def learning_targets(
     rollout: Batch,
     last_values: Tensor,
+    learners: Tensor,
     args: Args,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
     """What actor and critic learn from a rollout whose last step is followed by states of last_values [N, A].
 
-    -> advantages [T, N, A] (normalised with --norm-adv), returns [T, N, A], the returns' mean and variance, the
-    critic's explained variance. Means are over `learns` [T, N, A] of all processes.
+    learners [A]: the seats that learn; `learns` [T, N, A] those of them that are active, `valued` those that the critic
+    learns from -> advantages [T, N, A] (normalised with --norm-adv), returns [T, N, A], their mean and variance, the
+    critic's explained variance. Means are over all processes.
     """
-    weights = rollout["learns"].float()
     values = rollout["values"]
     next_values = torch.cat([values[1:], last_values.unsqueeze(0)])  # [T, N, A]
     over = rollout["episode_over"].unsqueeze(-1)  # [T, N, 1]
     next_values = torch.where(over, rollout["cut_values"], next_values)
-    rewards = shared_rewards(rollout["rewards"], rollout["learns"], args.team_spirit)
-    transitions = rewards, values, next_values, rollout["terminations"], rollout["ended"]
+    rewards = shared_rewards(rollout["rewards"], learners, args.team_spirit)
+    terminations, ended = rollout["terminations"], rollout["ended"]
+    if args.team_spirit > 0:  # who has left is paid until the episode is over
+        by_the_rules = over & ~rollout["truncations"].unsqueeze(-1)
+        terminations, ended = by_the_rules.expand_as(values), over.expand_as(values)
+    transitions = rewards, values, next_values, terminations, ended
     advantages, returns = compute_gae(*transitions, args.gamma, args.gae_lambda)
-    returns_mean, returns_var = mean_var(returns, weights)
-    _, error_var = mean_var(returns - values, weights)
+    valued = rollout["valued"].float()
+    returns_mean, returns_var = mean_var(returns, valued)
+    _, error_var = mean_var(returns - values, valued)
     explained_var = 1 - error_var / returns_var.clamp(min=1e-8)
     if args.norm_adv:
-        advantages_mean, advantages_var = mean_var(advantages, weights)
+        advantages_mean, advantages_var = mean_var(advantages, rollout["learns"].float())
         advantages = (advantages - advantages_mean) / (advantages_var.sqrt() + 1e-8)
     return advantages, returns, (returns_mean, returns_var), explained_var
+
+
+def who_learns(active: Tensor, learners: Tensor, team_spirit: float) -> tuple[Tensor, Tensor]:
+    """active [T, N, A], learners [A] -> whose samples the actor, and whose the critic learns from: [T, N, A] twice.
+
+    With a team spirit the value of those who have left is learnt, too.
+    """
+    learns = active & learners
+    return learns, learners.expand_as(active) if team_spirit > 0 else learns
 
 
 def smoothness(
@@ -1224,9 +1243,9 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss with the hypernetwork's two penalties: -> scalar loss, what is logged of it (no gradient).
 
-    mb holds sequences [L, S, ...]: obs state action_mask active learns (whose samples count) starts actions dists
-    anchor_dists logprobs advantages returns values (the last two normalised), z (subgoals), and hidden
-    [1, S, A, hidden] from before their first step.
+    mb holds sequences [L, S, ...]: obs state action_mask active learns (whose samples count) valued (the same for the
+    critic) starts actions anchor_dists logprobs advantages returns values (the last two normalised), z (subgoals), and
+    hidden [1, S, A, hidden] from before their first step.
     """
     weights = mb["learns"].float()  # every mean is over agents that are active and learn
     mb = {**mb, "obs": mb["obs"].float()}  # bytes become numbers once, for actor and critic
@@ -1234,7 +1253,7 @@ def ppo_loss(
     newlogprob = log_prob(dists, mb["actions"], actor.discrete)
     pg_loss, logratio, ratio = clipped_policy_loss(newlogprob, mb, weights, args.clip_coef)
     entropy_bonus = masked_mean(entropy(dists, actor.discrete), weights)
-    v_loss = value_loss(critic(mb["state"], mb["obs"]), mb, weights, args)
+    v_loss = value_loss(critic(mb["state"], mb["obs"]), mb, mb["valued"].float(), args)
     # DEVIATION: the losses of actor and critic are summed and stepped by one Adam.
     loss = pg_loss - args.ent_coef * entropy_bonus + args.vf_coef * v_loss
 
@@ -1311,8 +1330,9 @@ def backward_in_threads(
     """loss.backward() of a minibatch, a part of it in each thread: fills every .grad, -> the numbers of the loss.
 
     parts: indices of the minibatch's sequences in the batch, cut into one part per thread.
-    Parts count by their samples that learn, so that PPO's means are those of the whole minibatch; the penalty on
-    changes of theta, whose mean is over pairs of steps, differs a little where more episodes start in one part.
+    Parts count by their samples that learn, so that PPO's means are those of the whole minibatch. The penalty on
+    changes of theta, whose mean is over pairs of steps, differs a little where more episodes start in one part, and so
+    does the value loss where a team spirit has it look at those who have left.
     """
     params = [*actor.parameters(), *critic.parameters()]
     learns = batch["learns"][:, torch.cat(parts)]
@@ -1605,9 +1625,12 @@ def evaluate_only(args: Args) -> Path:
     if not args.eval_episodes and not args.capture_video:
         raise UsageError("--evaluate would do nothing: the run was made with --eval-episodes 0, give another number")
     run_dir = run_folder("evaluate", args.evaluate)
+    checked = check_env_args(args)
+    if args.capture_video:
+        check_picture(checked)
     device = get_device(args.cuda)
     policy = Policy(run_dir, device)
-    evaluate_run(policy.actor, args, check_env_args(args), run_dir, device)
+    evaluate_run(policy.actor, args, checked, run_dir, device)
     return run_dir
 
 
@@ -1625,7 +1648,9 @@ def check_args(args: Args, device: torch.device, world_size: int = 1) -> tuple[A
     if args.partner_switch is not None and not has_pool:
         raise UsageError("--partner-switch would do nothing without a pool like --partners pool=random,stay:2: add one")
     checked = check_env_args(args)
-    resolved = resolve(args, checked.backend, device, world_size)
+    if args.capture_video:
+        check_picture(checked)
+    resolved = resolve(args, checked, device, world_size)
     check_sizes(resolved, world_size)
     return resolved, checked
 
@@ -1687,9 +1712,9 @@ def env_procs(args: Args) -> int:
     return args.num_env_procs
 
 
-def resolve(args: Args, backend: str, device: torch.device, world_size: int) -> Args:
+def resolve(args: Args, checked: CheckedEnv, device: torch.device, world_size: int) -> Args:
     """The arguments with what None and "auto" stand for, so that they alone repeat the run: see args.json."""
-    batched = backend == "batched"
+    batched = checked.backend == "batched"
     num_envs, num_minibatches, update_epochs = args.num_envs, args.num_minibatches, args.update_epochs
     if num_envs is None:
         num_envs = 128 if batched else 8
@@ -1707,10 +1732,10 @@ def resolve(args: Args, backend: str, device: torch.device, world_size: int) -> 
         num_threads = torch.get_num_threads()
     team_spirit = args.team_spirit
     if team_spirit is None:
-        team_spirit = 0.0
+        team_spirit = STAG_HUNT_SPIRIT if re.fullmatch(stag_hunt.ENV_ID, checked.env_id) else 0.0
     resolved = replace(
         with_form_sizes(args),
-        backend=backend,
+        backend=checked.backend,
         num_envs=num_envs,
         num_minibatches=num_minibatches,
         update_epochs=update_epochs,
@@ -2113,7 +2138,7 @@ def make_batch(
     discrete: bool,
 ) -> Batch:
     """What ppo_loss reads, of all steps: [T, N, ...], hidden [T/L, N, ...] before each sequence."""
-    batch = select(rollout, "obs state action_mask active learns starts actions z hidden")
+    batch = select(rollout, "obs state action_mask active learns valued starts actions z hidden")
     batch["logprobs"] = log_prob(rollout["dists"], rollout["actions"], discrete)
     batch["advantages"] = advantages
     batch["returns"] = value_norm.normalize(returns)
@@ -2241,6 +2266,7 @@ def main(args: Args) -> Path:
     envs = make_vec_env(training_env(checked, resolved), N, device, env_seed, *how)
     spec, A = env_spec(envs), envs.num_agents
     partners = Partners(resolved.partners, envs, make_policy, env_seed, resolved.partner_switch)
+    learners = partners.learners  # [A]
 
     # ---- networks
     actor = Actor(spec, resolved).to(device)
@@ -2269,7 +2295,7 @@ def main(args: Args) -> Path:
     # ---- resume
     if world_size > 1:
         torch.manual_seed(resolved.seed + 1_000_003 * rank)  # equal weights so far, different actions from now on
-    own_state = None  # what this process saved for itself, where there were as many
+    own_state = None
     if checkpoint is not None:
         restore_parts(checkpoint, saved_parts, spec, run_dir)
         probe = to_device(checkpoint["probe"], device)
@@ -2295,7 +2321,7 @@ def main(args: Args) -> Path:
         table = open_run(run_dir, resolved, COLUMNS + seat_columns + partners.columns(), global_step)
         print_start(run_dir, resolved, envs, actor, critic, world_size)
     stop = StopSignal()
-    parent = os.getppid()  # torchrun's agent, without which the processes shall not train on
+    parent = os.getppid()  # torchrun's agent, without which nobody shall train on
     progress = progress_bar(num_updates * batch_size, global_step, logs)
 
     def save(update: int) -> None:
@@ -2341,7 +2367,7 @@ def main(args: Args) -> Path:
                     cut_values = state_values(critic, value_norm, step.final_state, step.final_obs)
                 ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
                 record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)
-                record(rollout, t, T, episode_over=step.episode_over, cut_values=cut_values)
+                record(rollout, t, T, episode_over=starts, truncations=step.truncations, cut_values=cut_values)
                 episode_sums += finished_episodes(step)
                 if resolved.partners:
                     member_sums += partners.member_sums(step)
@@ -2352,11 +2378,10 @@ def main(args: Args) -> Path:
         global_step += batch_size
 
         # -- advantages
-        rollout["learns"] = rollout["active"] & partners.learners
+        rollout["learns"], rollout["valued"] = who_learns(rollout["active"], learners, resolved.team_spirit)
         last_values = state_values(critic, value_norm, step.state, step.obs)  # [N, A]
-        advantages, returns, moments, explained_var = learning_targets(rollout, last_values, resolved)
-        # DEVIATION: once per rollout, before its epochs, not once per minibatch.
-        value_norm.update(*moments)
+        advantages, returns, moments, explained_var = learning_targets(rollout, last_values, learners, resolved)
+        value_norm.update(*moments)  # DEVIATION: once per rollout, before its epochs, not once per minibatch
 
         # -- the batch [T, N, ...], and what it tells of the others' learning
         batch = make_batch(rollout, advantages, returns, value_norm, actor.discrete)
@@ -2392,7 +2417,7 @@ def main(args: Args) -> Path:
                 num_done += 1
             if resolved.target_kl is not None and mean_of_all(numbers["losses/approx_kl"]) > resolved.target_kl:
                 break
-        metrics["nonstationarity/policy_kl"], probe["dists"] = policy_change(actor, probe, partners.learners)
+        metrics["nonstationarity/policy_kl"], probe["dists"] = policy_change(actor, probe, learners)
 
         # -- logging: the update's only look at the device
         metrics |= dict(zip(numbers, mean_of_all(sums) / num_done, strict=True))

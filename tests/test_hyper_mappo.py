@@ -97,6 +97,7 @@ def random_minibatch(actor, args, discrete=True):
     mb |= {
         "anchor_dists": dists,
         "learns": active,
+        "valued": active,
         "logprobs": log_prob(dists, actions, discrete),
         "hidden": hidden.unsqueeze(0),
     }
@@ -551,6 +552,7 @@ def test_threads_together_compute_the_gradient_of_the_whole_minibatch(hyper):
     critic, mb = Critic(spec(), args), random_minibatch(actor, args)
     mb["learns"] = mb["active"].clone()
     mb["learns"][1:, :2] = False
+    mb["valued"] = mb["learns"]
     loss, numbers = ppo_loss(actor, critic, mb, args)
     params = [*actor.parameters(), *critic.parameters()]
     expected = torch.autograd.grad(loss, params)
@@ -670,12 +672,45 @@ def test_truncated_episodes_bootstrap_from_what_they_came_to(tmp_path, monkeypat
 @pytest.mark.parametrize("team_spirit", [0.0, 0.25, 1.0])
 def test_team_spirit_of_a_hand_made_step(team_spirit):
     rewards = torch.tensor([[4.0, 1.0, 0.0, 7.0]])
-    learns = torch.tensor([[True, True, False, False]])  # the third has left, the fourth is a partner
-    t = team_spirit
-    expected = torch.tensor([[4.0 * (1 - t) + 2.5 * t, 1.0 * (1 - t) + 2.5 * t, 0.0, 7.0]])
-    torch.testing.assert_close(hyper_mappo.shared_rewards(rewards, learns, t), expected)
-    nobody = torch.zeros_like(learns)
-    assert torch.equal(hyper_mappo.shared_rewards(rewards, nobody, t), rewards)
+    learners = torch.tensor([True, True, True, False])  # the third has left, the fourth is a partner
+    t, mean = team_spirit, 5.0 / 3
+    expected = torch.tensor([[4.0 * (1 - t) + mean * t, 1.0 * (1 - t) + mean * t, mean * t, 7.0]])
+    torch.testing.assert_close(hyper_mappo.shared_rewards(rewards, learners, t), expected)
+
+
+@pytest.mark.parametrize("team_spirit", [0.0, 0.5])
+def test_with_team_spirit_who_left_is_still_paid(team_spirit):
+    # One env, two agents, three steps: agent 0 is paid 2 and leaves at step 0; agent 1 is paid 4 at step 2, the end.
+    active = torch.tensor([[True, True], [False, True], [False, True]]).unsqueeze(1)  # [T, N, A]
+    rollout = {"active": active, "values": torch.zeros(3, 1, 2), "cut_values": torch.full((3, 1, 2), 9.0)}
+    rollout["rewards"] = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 4.0]]).unsqueeze(1)
+    rollout["terminations"] = torch.tensor([[True, False], [False, False], [False, True]]).unsqueeze(1)
+    rollout["ended"] = torch.tensor([[True, False], [True, False], [True, True]]).unsqueeze(1)
+    rollout["episode_over"] = torch.tensor([[False], [False], [True]])
+    rollout["truncations"] = torch.zeros(3, 1, dtype=torch.bool)
+    learners = torch.ones(2, dtype=torch.bool)
+    learns, valued = hyper_mappo.who_learns(active, learners, team_spirit)
+    assert torch.equal(learns, active) and torch.equal(valued, active if team_spirit == 0 else torch.ones_like(active))
+    rollout |= {"learns": learns, "valued": valued}
+    args = Args(team_spirit=team_spirit, gamma=0.5, gae_lambda=1.0, norm_adv=False)
+    last_values = torch.full((1, 2), 9.0)  # of the next episode: must not be used
+    _, returns, _, _ = hyper_mappo.learning_targets(rollout, last_values, learners, args)
+    if team_spirit == 0:
+        assert returns[0, 0].tolist() == [2.0, 0.25 * 4.0]
+    else:  # half of the own reward and half of the mean: 1 + 0.5 now, and 0.5 x 2 two steps later for agent 0
+        assert returns[0, 0].tolist() == [1.5 + 0.25 * 1.0, 0.5 + 0.25 * 3.0]
+        assert returns[1, 0].tolist() == [0.5 * 1.0, 0.5 * 3.0]
+    rollout["truncations"][2] = True  # by the time limit: the final state's value counts, for those who are still there
+    rollout["terminations"][2] = False
+    _, returns, _, _ = hyper_mappo.learning_targets(rollout, last_values, learners, args)
+    assert returns[2, 0, 1] == 4.0 * (1 - team_spirit / 2) + 0.5 * 9.0
+
+
+def test_team_spirit_of_the_stag_hunts_is_not_that_of_other_envs():
+    cpu = torch.device("cpu")
+    for env_id, expected in (("stag_hunt-8x8-4h1s", 0.9), ("stag_hunt", 0.9), ("pursuit", 0.0)):
+        assert hyper_mappo.check_args(Args(env_id=env_id), cpu)[0].team_spirit == expected
+    assert hyper_mappo.check_args(Args(env_id="stag_hunt", team_spirit=0.0), cpu)[0].team_spirit == 0.0
 
 
 def test_individual_rewards_of_pursuit_have_the_mean_of_shared_ones():
@@ -1045,9 +1080,9 @@ def test_rollouts_that_do_not_fit_into_memory_are_refused_in_one_line(tmp_path, 
 def test_estimated_size_of_a_rollout_is_what_is_recorded(tmp_path, monkeypatch):
     recorded, estimates = {}, []
 
-    def spy_targets(rollout, last_values, args, targets=hyper_mappo.learning_targets):
+    def spy_targets(rollout, *rest, targets=hyper_mappo.learning_targets):
         recorded.update(rollout)
-        return targets(rollout, last_values, args)
+        return targets(rollout, *rest)
 
     def spy_memory(args, envs, actor, check=hyper_mappo.check_memory):
         monkeypatch.setattr(hyper_mappo, "free_memory", lambda device: 0.0)
