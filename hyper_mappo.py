@@ -16,6 +16,10 @@ How-to, metrics, deviations and results: docs/hyper_mappo.md
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401
+
+# isort: split
+
 import copy
 import functools
 import itertools
