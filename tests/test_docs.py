@@ -117,6 +117,7 @@ def is_explained(name, text):
             name = same_as + name.removeprefix(family)
     if re.fullmatch(r"charts/return_seat_\d*", name):
         name = "charts/return_seat_i"
+    name = re.sub(r"^partners/(draws|return_of|return_with)_.*", r"partners/\1_NAME", name)
     return name in known
 
 

@@ -748,12 +748,15 @@ def test_individual_rewards_of_pursuit_have_the_mean_of_shared_ones():
 def test_training_pays_individually_and_evaluation_as_the_env_does(tmp_path, monkeypatch, backend):
     made = []
 
-    def spy(checked, *args, make=hyper_mappo.make_vec_env, **kwargs):
-        made.append(make(checked, *args, **kwargs))
-        made[-1].given = checked.env_kwargs
-        return made[-1]
+    def spy_on(make):
+        def spy(checked, *args, **kwargs):
+            made.append((checked.env_kwargs, make(checked, *args, **kwargs)))
+            return made[-1][1]
 
-    monkeypatch.setattr(hyper_mappo, "make_vec_env", spy)
+        return spy
+
+    for name in ("make_vec_env", "make_eval_env"):
+        monkeypatch.setattr(hyper_mappo, name, spy_on(getattr(hyper_mappo, name)))
     flags = dict(env_id="pursuit", backend=backend, total_timesteps=32, eval_episodes=1)
     asked = json.dumps({**json.loads(SMALL_PURSUIT), "shared_reward": True})
     cases = [
@@ -764,9 +767,10 @@ def test_training_pays_individually_and_evaluation_as_the_env_does(tmp_path, mon
     ]
     for case, shared in cases:
         run_dir = run(tmp_path, **{"env_kwargs": SMALL_PURSUIT, **flags, **case})
-        training, evaluation = made[-2:]
-        assert training.given.get("shared_reward") is shared
-        assert evaluation.given.get("shared_reward") in (None, shared or None)
+        (training, env), (evaluation, genuine) = made[-2:]
+        assert (env.backend, genuine.backend) == (backend, "pettingzoo")
+        assert training.get("shared_reward") is shared
+        assert evaluation.get("shared_reward") in (None, shared or None)
         assert json.loads((run_dir / "args.json").read_text())["team_spirit"] == case.get("team_spirit", 0.0)
 
 
