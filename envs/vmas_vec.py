@@ -58,8 +58,6 @@ SCENARIOS = (
     "wheel",
     "wind_flocking",
 )
-# Where the team's reward is the default, and what pays every agent for itself
-INDIVIDUAL_KWARGS = {"navigation": {"shared_rew": False}, "multi_give_way": {"shared_rew": False}}
 ONE_GOAL = ("simple_adversary", "simple_push", "simple_reference", "simple_speaker_listener")
 DEFAULT_MAX_STEPS = 100  # as in BenchMARL's tasks; VMAS itself knows no limit
 PICTURE_SIDE = 480  # pixels of the longer side
