@@ -15,6 +15,10 @@ of means over a set of agents, Zaheer et al. 2017 (Deep Sets, arXiv 1703.06114).
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401
+
+# isort: split
+
 import copy
 import math
 import sys
@@ -37,13 +41,17 @@ from runs import (
     StopSignal,
     UsageError,
     best_or_latest,
+    command,
     command_line,
     get_device,
+    keep_folder,
     load_checkpoint,
+    load_weights,
     new_run_dir,
     plot_learning_curve,
     read_metrics,
     restore_args,
+    run_keeping,
     save_checkpoint,
     start_wandb,
     write_json,
@@ -134,9 +142,10 @@ LIMITS = {
 }
 # What --resume refuses to change: the network, what it learns, and the order in which it sees the data.
 FIXED_BY_CHECKPOINT = (
-    "data seed hidden_size loss obs_head joint_action reward_head reward_target gamma balance_rewards rollout_steps "
+    "seed hidden_size loss obs_head joint_action reward_head reward_target gamma balance_rewards rollout_steps "
     "batch_size max_samples heldout_fraction holdout_policies"
 ).split()
+SAVED = "args config data_meta update best_score model optimizer target_encoder generator".split()  # in a checkpoint
 EVAL_TAGS = {"heldout_episodes": "eval", "heldout_policies": "eval_policies"}
 LOSSES = ("obs_loss", "latent_loss", "reward_loss", "done_loss", "mask_loss")
 SCORES = ("obs_loss", "obs_mse", "exact_match", "reward_mse", "done_precision", "done_recall")
@@ -199,6 +208,7 @@ class WorldModel(nn.Module):
         for name in ("obs_mean", "obs_std"):
             per_plane = torch.tensor(config[name]).view(1, -1, 1, 1)
             self.register_buffer(name, per_plane)
+        self.simulator = []  # what steps faster with the same weights, once they are final: see load_world_model
 
     def make_action_layers(self, hidden: int) -> int:
         """What turns the joint action into planes; returns how many planes J there will be."""
@@ -480,9 +490,21 @@ class WorldModel(nn.Module):
             result["action_mask"] = self.read_mask(z, snapped) > 0
         return result
 
+    @torch.no_grad()
+    def legal(self, obs: Tensor) -> Tensor:
+        """Legal actions in observations [B, *O] -> [B, n] bool, for envs that have masks."""
+        if self.simulator:
+            return self.simulator[0].legal(obs)
+        planes = self.to_planes(obs)
+        z = self.encode(planes)
+        return self.read_mask(z, planes) > 0
+
     def step(self, obs: Tensor, joint_action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """obs [B, *O], joint_action [B, A] int64 (or [B, A, n] float), agent i first -> next_obs [B, *O] (snapped,
         in the observation's dtype), reward [B], done [B] bool: agent i's exit; next_obs means nothing where done."""
+        if self.simulator:
+            self.check_inputs(obs, joint_action, 1)
+            return self.simulator[0].step(obs, joint_action)
         out = self.predict(obs, joint_action, with_mask=False)
         return out["next_obs"], out["reward"], out["done"]
 
@@ -501,6 +523,228 @@ class WorldModel(nn.Module):
             imagined.append((obs, reward, over))
         obs, rewards, dones = zip(*imagined, strict=True)
         return torch.stack(obs, 1), torch.stack(rewards, 1), torch.stack(dones, 1)
+
+
+# ---------------------------------------------------------------- the same in fewer operations
+class CellLists(NamedTuple):
+    """Views of 0/1 planes as lists. F numbers in a flattened view; place: row * width + column."""
+
+    cells: Tensor  # [B, M] int32, what is set, then F in empty places
+    places: Tensor  # [B, A], where each agent is; 0 if it is not
+    present: Tensor  # [B, A] bool
+
+
+class Simulator:
+    """WorldModel.step and .legal of a trained model of 0/1 planes that show the whole map, many times as fast.
+
+    A layer on a map that is nearly empty is a sum of few rows of a table (what each set cell and each painted action
+    adds to all cells); linear layers that follow each other are one; what `step` does not return is not computed.
+    """
+
+    MOST_NUMBERS = 1024  # cells x hidden channels, up to which tables are faster than convolutions
+
+    def __init__(self, model: WorldModel):
+        self.model = model
+        height, width = model.grid
+        self.num_cells = height * width  # C
+        self.hidden = model.config["hidden_size"]  # D
+        self.num_planes = model.obs_shape[-1]  # P
+        self.num_agents, self.num_actions = model.num_agents, model.action_dim
+        self.num_numbers = self.num_cells * self.num_planes  # F
+        with torch.no_grad():
+            self.make_place_table()
+            self.make_view_tables()
+            self.make_action_tables()
+            self.fold_layers()
+
+    @classmethod
+    def fits(cls, model: WorldModel) -> bool:
+        """Whether it knows how to step this model."""
+        config, spec = model.config, model.spec
+        all_agents_shown = len(spec.agent_planes) == model.num_agents
+        known_layers = config["joint_action"] == "painted" and config["loss"] == "obs"
+        known_layers = known_layers and config["obs_head"] == "categorical" and config["discrete"]
+        zero_one = config["levels"] == 1 and config["obs_dtype"] == "uint8" and "real" not in spec.kinds
+        small = math.prod(model.grid) * config["hidden_size"] <= cls.MOST_NUMBERS
+        whole_map = spec.ego == "plane" and not spec.window and spec.agent_planes == list(range(model.num_agents))
+        return all_agents_shown and known_layers and zero_one and small and whole_map
+
+    # -- tables
+
+    def make_place_table(self) -> None:
+        """view [B, F] @ places: the place of each agent, and whether it is there. [F, 2 * A]"""
+        A, P = self.num_agents, self.num_planes
+        device = self.model.reward_bins.device
+        places = torch.zeros(self.num_cells, P, 2, A, device=device)
+        agents = torch.arange(A)
+        cells = torch.arange(self.num_cells, dtype=torch.float32, device=device)
+        places[:, agents, 0, agents] = cells[:, None]
+        places[:, agents, 1, agents] = 1.0
+        self.places = places.view(self.num_numbers, 2 * A)
+
+    def make_view_tables(self) -> None:
+        """What each set cell of the view adds to the encoder's first layer and to the direct path."""
+        model, F_ = self.model, self.num_numbers
+        device = model.reward_bins.device
+        one_each = torch.eye(F_, device=device).view(F_, *model.obs_shape)
+        nothing = torch.zeros(1, *model.obs_shape, device=device)
+        views = torch.cat([one_each, nothing])  # [F + 1, *O]
+        planes = model.normalise(model.to_planes(views))
+        ones = torch.ones_like(planes[:, :1])
+        first = model.encoder[0](torch.cat([planes, ones], 1))  # [F + 1, D, H, W]
+        no_action = planes.new_zeros(F_ + 1, model.shift.in_channels - self.num_planes, *model.grid)
+        direct = model.shift(torch.cat([planes, no_action], 1))
+        both = torch.stack([first, direct], 1)  # [F + 1, 2, D, H, W]
+        both = both.permute(0, 1, 3, 4, 2).flatten(2)  # [F + 1, 2, C * D]
+        self.view_bias = both[-1].clone()  # [2, C * D]
+        table = both - self.view_bias  # the last row is zero: the empty place
+        self.view_table = table.flatten(1).contiguous()  # [F + 1, 2 * C * D]
+        at_place = table[:, 0].reshape(-1, self.hidden)
+        self.place_table = at_place.contiguous()  # [(F + 1) * C, D], of the first layer
+        self.place_bias = self.view_bias[0].view(self.num_cells, self.hidden)
+
+    def make_action_tables(self) -> None:
+        """What each action, painted at a place, adds to the direct path, and to `mix` at that place."""
+        model, n = self.model, self.num_actions
+        joint = self.num_agents * n  # J
+        device = model.reward_bins.device
+        painted = torch.eye(joint * self.num_cells, device=device)
+        painted = painted.view(-1, joint, *model.grid)  # [J * C, J, H, W]
+        weight = model.shift.weight[:, self.num_planes :]
+        direct = F.conv2d(painted, weight, padding=model.shift.padding)  # [J * C, D, H, W]
+        table = direct.permute(0, 2, 3, 1).flatten(1)  # [J * C, C * D]
+        self.action_table = F.pad(table, (0, 0, 0, 1)).contiguous()  # the last row is zero: no action
+        mixed = model.mix.weight[:, self.hidden :, 0, 0].T  # [J, D]
+        self.mix_table = F.pad(mixed, (0, 0, 0, 1)).contiguous()
+        agents = torch.arange(self.num_agents, device=device)
+        self.first_action = agents * n  # [A]
+        self.first_row = torch.arange(self.num_agents + 1, device=device)
+
+    def fold_layers(self) -> None:
+        """Encoder's second layer and the part of `mix` that reads it; the others as matrices."""
+        model, D = self.model, self.hidden
+        second = model.encoder[2]
+        mix = model.mix.weight[:, :D, 0, 0]  # [D, D]
+        self.mix_weight = (mix @ second.weight[:, :, 0, 0]).T.contiguous()
+        self.mix_bias = mix @ second.bias + model.mix.bias
+        self.next_weight = model.next_latent.weight[:, :, 0, 0].T.contiguous()
+        direct_bias = self.view_bias[1].view(self.num_cells, D)
+        self.next_bias = direct_bias + model.next_latent.bias  # [C, D]
+        self.move_weight = model.move.weight.contiguous(memory_format=torch.channels_last)
+        self.decoder = []
+        for layer in (model.decoder[1], model.decoder[3]):
+            self.decoder.append((layer.bias, layer.weight[:, :, 0, 0].T.contiguous()))
+
+    # -- views
+
+    @torch.no_grad()
+    def list_cells(self, obs: Tensor) -> CellLists:
+        """obs [B, *O] -> what is set in it, and who is where."""
+        flat = obs.flatten(1)  # [B, F]
+        A = self.num_agents
+        found = flat.float() @ self.places  # [B, 2 * A]
+        places, present = found[:, :A].long(), found[:, A:] > 0
+        rows, numbers = flat.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(flat))
+        most = int(counts.max()) if len(rows) else 1
+        first = counts.cumsum(0) - counts
+        position = torch.arange(len(rows), device=rows.device) - first[rows]
+        cells = torch.full((len(flat), most), self.num_numbers, dtype=torch.int32, device=rows.device)
+        cells[rows, position] = numbers.int()
+        return CellLists(cells, places, present)
+
+    def legal(self, obs: Tensor) -> Tensor:
+        """As WorldModel.legal."""
+        lists = self.list_cells(obs)
+        return self.legal_at(lists.cells, lists.places[:, 0], lists.present[:, 0])
+
+    @torch.no_grad()
+    def legal_at(self, cells: Tensor, place: Tensor, there: Tensor | None = None) -> Tensor:
+        """Cells [B, M] int32 that are set in views whose agent is at place [B], if `there` [B] bool -> [B, n] bool"""
+        index = cells * self.num_cells + place[:, None].int()
+        first = F.embedding_bag(index, self.place_table, mode="sum")  # [B, D]
+        first = F.relu(first + self.place_bias[place])
+        second = self.model.encoder[2]
+        z = F.linear(first, second.weight[:, :, 0, 0], second.bias)
+        z = F.relu(z)
+        if there is not None:
+            z = z * there[:, None]
+        return self.model.mask_head(z) > 0
+
+    # -- the step
+
+    def step(self, obs: Tensor, joint_action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As WorldModel.step."""
+        return self.step_lists(obs, self.list_cells(obs), joint_action)
+
+    @torch.no_grad()
+    def step_lists(self, obs: Tensor, lists: CellLists, joint_action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where the lists are at hand."""
+        B, C, D = len(obs), self.num_cells, self.hidden
+        cells, places, present = lists
+        acts = present & (joint_action >= 0)  # [B, A]
+        action = self.first_action + joint_action
+        action = torch.where(acts, action, self.num_agents * self.num_actions)  # [B, A]
+        painted = action * C + places * acts
+
+        from_view = F.embedding_bag(cells, self.view_table, mode="sum").view(B, 2, -1)
+        first = from_view[:, 0] + self.view_bias[0]
+        x = F.relu(first).view(B * C, D)
+        x = torch.addmm(self.mix_bias, x, self.mix_weight)
+        start = torch.arange(0, B * C, C, device=obs.device)[:, None]
+        here = start + places  # [B, A], rows of x
+        x.index_add_(0, here.flatten(), self.mix_table[action.flatten()])
+        own, there = here[:, 0], present[:, :1]
+        ego = self.model.ego(F.relu(x[own] * there))  # [B, D]
+        x = F.relu_(x.view(B, C, D) + ego[:, None])
+        x = x.view(B, *self.model.grid, D).permute(0, 3, 1, 2)  # channels last in memory
+        x = F.relu_(F.conv2d(x, self.move_weight, self.model.move.bias, padding=self.model.move.padding))
+        x = x.permute(0, 2, 3, 1).reshape(B * C, D)
+
+        direct = F.embedding_bag(painted.int(), self.action_table, mode="sum")
+        direct = direct + from_view[:, 1]
+        next_z = (direct.view(B, C, D) + self.next_bias).view(B * C, D)
+        next_z.addmm_(x, self.next_weight)
+        for bias, weight in self.decoder:
+            next_z = torch.addmm(bias, F.relu_(next_z), weight)
+        next_obs = self.snap(next_z.view(B, C, self.num_planes))
+        summary = self.summarise(x.view(B, C, D), obs, lists, action)
+        reward = self.model.read_reward(summary, joint_action)
+        done = self.model.done_head(summary)[:, 0] > 0
+        return next_obs.view_as(obs), self.model.reward_value(reward), done
+
+    def summarise(self, x: Tensor, obs: Tensor, lists: CellLists, action: Tensor) -> Tensor:
+        """What the reward and exit heads read: x [B, C, D], action [B, A], rows of `mix_table` -> [B, 3D + P + J]"""
+        each = torch.arange(len(obs), device=obs.device)
+        own = lists.places[:, 0]
+        there = lists.present[:, :1]
+        planes = obs.flatten(1, 2)[each, own].float()  # [B, P]
+        planes = (planes - self.model.obs_mean[0, :, 0, 0]) / self.model.obs_std[0, :, 0, 0]
+        together = lists.places == own[:, None]
+        no_action = self.num_agents * self.num_actions  # J
+        seen = torch.where(together, action, no_action)
+        painted = torch.zeros(len(obs), no_action + 1, device=obs.device)
+        painted.scatter_(1, seen, 1.0)
+        at_ego = torch.cat([planes, painted[:, :-1]], 1) * there
+        features = [
+            x[each, own] * there,
+            x.mean(1),
+            x.amax(1),
+            at_ego,
+        ]
+        return torch.cat(features, 1)
+
+    def snap(self, logits: Tensor) -> Tensor:
+        """[B, C, P] -> the observation [B, C, P]: as WorldModel.snap of the expected planes."""
+        A = self.num_agents
+        snapped = (logits > 0).to(self.model.obs_dtype)
+        agents = logits[..., :A].transpose(1, 2).contiguous()  # [B, A, C]
+        present = agents.logsumexp(2) > 0  # likelier than "none", whose logit is 0
+        likeliest = agents.argmax(2)  # [B, A]
+        snapped[..., :A] = 0
+        numbers = likeliest * self.num_planes + torch.arange(A, device=logits.device)
+        snapped.flatten(1).scatter_(1, numbers, present.to(snapped.dtype))
+        return snapped
 
 
 # ---------------------------------------------------------------- losses
@@ -933,23 +1177,28 @@ def load_world_model(path: str | Path, device: torch.device | str = "cpu") -> Wo
     """
     checkpoint = load_checkpoint(best_or_latest(path), CHECKPOINT_FORMAT, device)
     model = WorldModel(checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval()
+    load_weights(model, checkpoint["model"], path)
+    model = model.to(device).eval()
+    if Simulator.fits(model):
+        model.simulator = [Simulator(model)]
+    return model
 
 
 def load_resumed(args: Args) -> dict[str, Any] | None:
-    """The checkpoint to continue; None: a new run. UsageError: there is none, or nothing is left to do."""
+    """The checkpoint to continue; None: a new run. UsageError: there is none."""
     if not args.resume:
         return None
-    checkpoint = load_checkpoint(args.resume, CHECKPOINT_FORMAT)
-    if not Path(args.resume).is_dir():
-        raise UsageError(f"--resume expected a run folder, got the file {args.resume}: give its folder")
-    if checkpoint["update"] >= args.total_updates:
-        raise UsageError(
-            f"{args.resume} has already done {checkpoint['update']} of {args.total_updates} updates: "
-            "raise --total-updates"
-        )
-    return checkpoint
+    return load_checkpoint(args.resume, CHECKPOINT_FORMAT, needs=SAVED)
+
+
+def check_same_data(args: Args, checkpoint: dict[str, Any], data: TrainingData) -> None:
+    """UsageError unless this is the data that the run was trained on; where it lies does not matter."""
+    saved, now = dict(checkpoint["data_meta"]), dict(data.meta)
+    if not ("checksums" in saved and "checksums" in now):  # one of them is from before there were any
+        saved.pop("checksums", None)
+        now.pop("checksums", None)
+    if checkpoint["config"] != data.config or saved != now:
+        raise UsageError(f"{args.data} is not the data that {args.resume} was trained on: give that, or start anew")
 
 
 def plot_curves(run_dir: Path) -> None:
@@ -977,6 +1226,8 @@ def check_args(args: Args) -> None:
     """What can be wrong before the data is read: UsageError."""
     if not args.data:
         raise UsageError("--data expected a dataset folder, got none: make one with collect_data.py")
+    if args.resume and not Path(args.resume).is_dir():
+        raise UsageError(f"--resume expected a run folder, got the file {args.resume}: give its folder")
     if args.loss == "recon" and args.rollout_steps > 1:
         raise UsageError("--loss recon learns no dynamics to roll out: leave --rollout-steps at 1")
 
@@ -1011,6 +1262,15 @@ def describe_run(data: TrainingData, model: WorldModel, args: Args, device: torc
     )
 
 
+def print_scores(row: dict[str, str], data: TrainingData) -> None:
+    """The scores of the last evaluation, a line for each kind of held-out episodes."""
+    for name in data.heldout:
+        tag = EVAL_TAGS[name]
+        values = {key: float(row[f"{tag}/{key}"]) for key in SCORES}
+        scores = [f"{key} {value:.6g}" for key, value in values.items()]
+        print(f"{name:17}" + "  ".join(scores))
+
+
 def learning_rate_at(update: int, args: Args) -> float:
     """A warm-up of 100 updates, and on request a linear fall to 0."""
     remaining = 1.0
@@ -1037,19 +1297,21 @@ def check_finite(losses: dict[str, float], update: int, run_dir: Path) -> None:
         )
 
 
+@run_keeping
 def main(args: Args) -> Path:
     """Trains (or resumes); returns the run folder. UsageError: unusable arguments or data."""
     # ---- arguments
     check_args(args)
     device = get_device(args.cuda)
+    kept = None
+    if args.resume:
+        kept = keep_folder(Path(args.resume), command(__file__, "--resume", args.resume))
     checkpoint = load_resumed(args)
     data = read_data(args, device)  # before there is a run folder: what cannot be used leaves none
     resolved = resolve(args, data)
     first_update, best_score = 1, math.inf
     if checkpoint is not None:
-        same_data = checkpoint["config"] == data.config and checkpoint["data_meta"] == data.meta
-        if not same_data:
-            raise UsageError(f"{args.data} is not the data that {args.resume} was trained on: give that, or start anew")
+        check_same_data(args, checkpoint, data)
         first_update, best_score = checkpoint["update"] + 1, checkpoint["best_score"]
 
     # ---- logging
@@ -1058,6 +1320,7 @@ def main(args: Args) -> Path:
     else:
         env_id = data.config["env_id"]
         run_dir = new_run_dir(args.runs_dir, env_id, args.exp_name, args.seed)
+        kept = keep_folder(run_dir, command(__file__, "--resume", run_dir))
     write_json(run_dir / "args.json", asdict(resolved))
     if args.track:
         start_wandb(run_dir, args.wandb_project_name, args.wandb_entity, asdict(resolved))
@@ -1093,16 +1356,18 @@ def main(args: Args) -> Path:
 
     # ---- resume
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_weights(model, checkpoint["model"], args.resume)
+        load_weights(optimizer, checkpoint["optimizer"], args.resume)
         if target_encoder is not None:
-            target_encoder.load_state_dict(checkpoint["target_encoder"])
+            load_weights(target_encoder, checkpoint["target_encoder"], args.resume)
         minibatches.generator.set_state(checkpoint["generator"])
+        kept.saved = f"update {first_update - 1} of {args.total_updates}"
 
     # ---- loop
     stop = StopSignal("update")
     progress = tqdm(total=args.total_updates, initial=first_update - 1, unit="update", disable=None)
     sums, since = {}, first_update - 1
+    update = since  # a finished run that is resumed does the closing part again
     started = time.perf_counter()
     try:
         for update in range(first_update, args.total_updates + 1):
@@ -1148,9 +1413,11 @@ def main(args: Args) -> Path:
                 "target_encoder": None if target_encoder is None else target_encoder.state_dict(),
                 "generator": minibatches.generator.get_state(),
             }
+            metrics.sync()
             if is_best:  # first: a crash between the two must not leave a best score without its weights
                 save_checkpoint(checkpoint, run_dir / "best.pt")
             save_checkpoint(checkpoint, run_dir / "latest.pt")
+            kept.saved = f"update {update} of {args.total_updates}"
             if stop.requested:
                 break
             sums, since = {}, update
@@ -1161,13 +1428,12 @@ def main(args: Args) -> Path:
         metrics.close()
 
     # ---- close
-    plot_curves(run_dir)
-    for name in data.heldout:
-        scores = [f"{key} {row[f'{EVAL_TAGS[name]}/{key}']:.6g}" for key in SCORES]
-        print(f"{name:17}" + "  ".join(scores))
+    rows = read_metrics(run_dir)
+    if rows:
+        plot_curves(run_dir)
+        print_scores(rows[-1], data)
     if update < args.total_updates:
-        again = f"python world_model.py --resume {run_dir}"
-        print(f"stopped after update {update} of {args.total_updates}; go on with: {again}")
+        print(f"stopped after update {update} of {args.total_updates}; go on with: {kept.again}")
     else:
         print(f"judge it with: python test_obs_reward_model.py --checkpoint {run_dir} --data {args.data}")
     return run_dir

@@ -1,13 +1,17 @@
-"""Imagined steps per second of WorldModel.rollout, beside the batched env and the genuine env, in one run.
+"""Steps per second of WorldModel.step and .rollout, beside the batched env and the genuine env, in one run.
 
     python benchmark/world_model_speed.py --env-id stag_hunt-8x8-4h1s pursuit
+    python benchmark/world_model_speed.py --env-id stag_hunt-4x4-4h1s --hidden-size 32 16 --num-threads 2
 
-One imagined step is one agent's view one step on; an env step moves all agents, so it is worth as many views as there
-are agents, and the last column divides by that. Weights are random: they do not change the time.
+One step is one agent's view one step on; an env step moves all agents, so it is worth as many views as there are
+agents, and "env steps" divides by that. Weights are random, views are the env's. "tables": the same layers as sums of
+table rows, where the model can be stepped so (Simulator), as load_world_model does; "channels last": convolutions with
+that memory format. Speeds are by the clock and by CPU time of all threads, which other jobs change less.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs import VecEnv, describe_obs, make_vec_env  # noqa: E402
 from runs import get_device  # noqa: E402
 from world_model import Args as ModelArgs  # noqa: E402
-from world_model import WorldModel  # noqa: E402
+from world_model import Simulator, WorldModel  # noqa: E402
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Args:
     """environments to measure"""
     batch_sizes: tuple[int, ...] = (64, 1024, 4096)
     """agents' views imagined side by side"""
+    hidden_size: tuple[int, ...] = (ModelArgs().hidden_size,)
+    """widths of the world model"""
     horizon: int = 10
     """imagined steps per rollout"""
     seconds: float = 3.0
@@ -41,15 +47,19 @@ class Args:
     """if set, a GPU is used where there is one"""
 
 
-def steps_per_second(run: Callable[[], int], seconds: float, device: torch.device) -> float:
-    """Calls `run`, which returns how many steps it made, for about `seconds` after one warm-up call."""
+def steps_per_second(run: Callable[[], int], seconds: float, device: torch.device) -> tuple[float, float]:
+    """Calls `run`, which returns how many steps it made, for about `seconds` after one warm-up call.
+
+    -> steps per second by the clock, and per second of CPU time
+    """
     run()
     start, steps = wait_for(device), 0
+    cpu = time.process_time()
     now = start
     while now - start < seconds:
         steps += run()
         now = wait_for(device)
-    return steps / (now - start)
+    return steps / (now - start), steps / (time.process_time() - cpu)
 
 
 def wait_for(device: torch.device) -> float:
@@ -59,8 +69,8 @@ def wait_for(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def random_model(env_id: str, device: torch.device) -> WorldModel:
-    """A model of default size for this env."""
+def random_model(env_id: str, hidden_size: int, device: torch.device) -> WorldModel:
+    """A model for this env."""
     env = make_vec_env(env_id, 1, device, 0, backend="batched")
     channels = env.obs_shape[-1]
     config = {
@@ -75,7 +85,7 @@ def random_model(env_id: str, device: torch.device) -> WorldModel:
         "levels": 1,
         "obs_mean": [0.0] * channels,
         "obs_std": [1.0] * channels,
-        "hidden_size": ModelArgs().hidden_size,
+        "hidden_size": hidden_size,
         "loss": "obs",
         "obs_head": "categorical",
         "joint_action": "painted",
@@ -93,6 +103,27 @@ def imagine(model: WorldModel, obs: torch.Tensor, actions: torch.Tensor) -> int:
     return actions.shape[0] * actions.shape[1]
 
 
+def step_model(model: WorldModel, obs: torch.Tensor, actions: torch.Tensor) -> int:
+    """obs [B, *O], actions [B, A] -> steps."""
+    model.step(obs, actions)
+    return len(obs)
+
+
+def add_models(rows: dict, env_id: str, B: int, obs: torch.Tensor, args: Args) -> None:
+    """What is to be timed of the world model on views obs [B, *O]."""
+    for hidden_size in args.hidden_size:
+        model = random_model(env_id, hidden_size, obs.device)
+        actions = torch.randint(model.action_dim, (len(obs), args.horizon, model.num_agents), device=obs.device)
+        rows[f"world model {hidden_size}, rollout", B] = partial(imagine, model, obs, actions)
+        rows[f"world model {hidden_size}, step", B] = partial(step_model, model, obs, actions[:, 0])
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        rows[f"world model {hidden_size}, step, channels last", B] = partial(step_model, last, obs, actions[:, 0])
+        if Simulator.fits(model):
+            tables = copy.deepcopy(model)
+            tables.simulator = [Simulator(tables)]
+            rows[f"world model {hidden_size}, step, tables", B] = partial(step_model, tables, obs, actions[:, 0])
+
+
 def step_env(env: VecEnv) -> int:
     """One step of all envs with random actions -> agent steps."""
     shape = (env.num_envs, env.num_agents)
@@ -102,22 +133,20 @@ def step_env(env: VecEnv) -> int:
 
 def measure(env_id: str, args: Args, device: torch.device) -> None:
     """Prints a line for each thing and batch size."""
-    model = random_model(env_id, device)
-    A, n = model.num_agents, model.action_dim
     rows = {}
     for B in args.batch_sizes:
+        A = make_vec_env(env_id, 1, device, 0, backend="batched").num_agents
         env = make_vec_env(env_id, max(1, B // A), device, 0, backend="batched")
         obs = env.reset(0).obs.flatten(0, 1)  # [N, A, *O] -> [N * A, *O]
-        actions = torch.randint(n, (len(obs), args.horizon, A), device=device)
-        rows["world model, rollout", B] = partial(imagine, model, obs, actions)
+        add_models(rows, env_id, B, obs, args)
         rows["batched env, step", B] = partial(step_env, env)
     genuine = make_vec_env(env_id, 1, torch.device("cpu"), 0, backend="pettingzoo")
     genuine.reset(0)
     rows["genuine env, step", A] = partial(step_env, genuine)
     print(env_id)
     for name, size in sorted(rows, reverse=True):
-        speed = steps_per_second(rows[name, size], args.seconds, device)
-        print(f"  {name:32}{size:12,}  {speed:14,.0f}  {speed / A:12,.0f}")
+        speed, of_cpu = steps_per_second(rows[name, size], args.seconds, device)
+        print(f"  {name:36}{size:12,}  {speed:14,.0f}  {of_cpu:14,.0f}  {speed / A:12,.0f}")
 
 
 def main(args: Args) -> None:
@@ -125,7 +154,7 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.num_threads)
     device = get_device(args.cuda)
     print(f"{device}, {torch.get_num_threads()} CPU threads, horizon {args.horizon}")
-    print(f"{'':34}{'views or':>12}  {'agent steps/s':>14}  {'env steps/s':>12}")
+    print(f"{'':38}{'views':>12}  {'agent steps/s':>14}  {'per CPU second':>14}  {'env steps/s':>12}")
     for env_id in args.env_id:
         measure(env_id, args, device)
 

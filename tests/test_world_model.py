@@ -5,7 +5,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from envs import stag_hunt
 from runs import UsageError, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -455,6 +459,77 @@ def test_checkpoints_of_before_resume_unless_a_critic_was_in_use(hunt, tmp_path,
     assert "--critic" in error and error.count("\n") == 0
 
 
+def write_other(hunt, tmp_path):
+    """The same dataset, but for what its meta says of it."""
+    other = shutil.copytree(hunt, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps({**meta, "seed": meta["seed"] + 1}))
+    return other
+
+
+def test_a_finished_run_does_its_closing_part_again(trained, tmp_path, capsys):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    (run_dir / "learning_curve.png").unlink()
+    assert wm.cli(["--resume", str(run_dir)]) == 0
+    assert "exact_match" in capsys.readouterr().out and (run_dir / "learning_curve.png").stat().st_size > 0
+    assert same_weights(load_run(run_dir)["model"], load_run(trained)["model"])
+
+
+def test_data_may_have_moved(hunt, tmp_path):
+    args = wm.Args(data=str(hunt), runs_dir=str(tmp_path), batch_size=32, total_updates=2)
+    run_dir = wm.main(args)
+    moved = shutil.copytree(hunt, tmp_path / "elsewhere")
+    assert wm.cli(["--resume", str(run_dir), "--data", str(moved), "--total-updates", "4"]) == 0
+    assert load_run(run_dir)["update"] == 4 and load_run(run_dir)["args"]["data"] == str(moved)
+
+
+def test_a_second_writer_is_refused(trained, tmp_path, capsys):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    program = (
+        "import sys, runs, pathlib; runs.keep_folder(pathlib.Path(sys.argv[1]), ''); print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(run_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        assert wm.cli(["--resume", str(run_dir), "--total-updates", "900"]) == 2
+        other.communicate(b"\n")
+    assert "another process is writing" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the same in fewer operations
+
+
+def test_tables_step_as_the_layers_do(trained, hunt):
+    fast = wm.load_world_model(trained)
+    assert fast.simulator
+    slow = wm.WorldModel(fast.config)
+    slow.load_state_dict(fast.state_dict())
+    slow.eval()
+    samples = wm.Samples(load_dataset(hunt), CPU)
+    rows, seats = samples.pairs(np.arange(2000))
+    obs, actions = samples.obs[rows, seats], samples.joint_action(rows, seats)
+    actions[::7, 1] = -1
+    nothing = torch.zeros_like(obs[:1])  # as after an exit
+    obs, actions = torch.cat([obs, nothing]), torch.cat([actions, actions[:1]])
+    expected = slow.step(obs, actions)
+    found = fast.step(obs, actions)
+    assert (actions == -1).any() and expected[2].any()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-4)
+    assert torch.equal(fast.legal(obs), slow.legal(obs))
+    with pytest.raises(ValueError, match="expected obs"):
+        fast.step(obs[:, :2], actions)
+
+
+def test_only_models_that_tables_know_are_stepped_by_them(trained):
+    model = wm.load_world_model(trained)
+    assert wm.Simulator.fits(model)
+    for change in ({"joint_action": "onehot"}, {"loss": "latent"}, {"obs_head": "bce"}, {"hidden_size": 65}):
+        assert not wm.Simulator.fits(wm.WorldModel({**model.config, **change}))
+    with_view = {**model.config, "env_kwargs": {"view": 3}, "obs_shape": [3, 3, 7]}
+    assert not wm.Simulator.fits(wm.WorldModel(with_view))
+
+
 def test_an_error_of_the_program_is_a_traceback(hunt, tmp_path, monkeypatch):
     def broken(*args):
         raise ValueError("shapes do not fit")
@@ -536,16 +611,17 @@ def test_max_samples_takes_whole_episodes_of_the_training_split(hunt, tmp_path, 
         (["--data", "CUT"], "truncated"),
         (["--resume", "nowhere"], "no checkpoint"),
         (["--resume", "RUN", "--hidden-size", "64"], "contradicts"),
-        (["--resume", "RUN"], "already done"),
         (["--resume", "FILE", "--total-updates", "900"], "expected a run folder"),
-        (["--resume", "RUN", "--total-updates", "900", "--data", "OTHER"], "contradicts"),
+        (["--resume", "RUN", "--total-updates", "900", "--data", "OTHER"], "is not the data that"),
+        (["--resume", "RUN", "--total-updates", "900", "--data", "nowhere"], "expected a dataset"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(hunt, trained, tmp_path, capsys, flags, message):
     shutil.copytree(hunt, tmp_path / "cut")
     file = tmp_path / "cut" / "observations.npy"
     file.write_bytes(file.read_bytes()[:-100])
-    names = {"DATA": str(hunt), "RUN": str(trained), "CUT": str(tmp_path / "cut"), "OTHER": "elsewhere"}
+    names = {"DATA": str(hunt), "RUN": str(trained), "CUT": str(tmp_path / "cut")}
+    names["OTHER"] = str(write_other(hunt, tmp_path) if "OTHER" in flags else "")
     names["FILE"] = str(trained / "latest.pt")
     args_before = (trained / "args.json").read_text()
     assert wm.cli([names.get(flag, flag) for flag in flags] + ["--runs-dir", str(tmp_path / "runs")]) == 2
