@@ -6,7 +6,7 @@ package rliable does not import beside the versions of requirements.txt, so its 
 is printed as markdown. The picture has a row per env: return against env steps, and against time on one core.
 
     python benchmark/plot.py pursuit --baseline none --output docs/img/pursuit_curves.png
-    python benchmark/plot.py pursuit-rewards stag_hunt-8x8-rewards --baseline "spirit 0, own"
+    python benchmark/plot.py pursuit-rewards stag_hunt-8x8-rewards --baseline "spirit 0, obs"
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.run import RESULTS, SUITES, read_rows
+from benchmark.run import CURVE_COLUMNS, RESULTS, SUITES, read_rows
 from runs import UsageError, command_line
 
 Array = np.ndarray
@@ -136,12 +136,14 @@ def table_lines(groups: Groups, baseline: str) -> list[str]:
 
 
 def read_curve(results: Path, row: dict[str, str]) -> Curve:
-    """env_steps, return and minutes on one core of a run: its time, times the share of a core that it had."""
+    """env_steps, return and minutes on one core: the run's CPU time, spread as its updates' wall time.
+
+    (The start and the closing evaluation are in it, too: nobody counted the CPU time of the training alone.)
+    """
     with open(results / row["curve"], newline="", encoding="utf-8") as file:
         points = list(csv.DictReader(file))
-    curve = {name: column(points, name) for name in ("env_steps", "wall_s", "return")}
-    share = float(row["cpu_s"]) / float(row["wall_s"])
-    curve["minutes"] = curve["wall_s"] * share / 60
+    curve = {name: column(points, name) for name in CURVE_COLUMNS}
+    curve["minutes"] = curve["wall_s"] / curve["wall_s"][-1] * float(row["cpu_s"]) / 60
     return curve
 
 

@@ -65,14 +65,16 @@ def compare(base: str, members: dict[str, str], seeds: int) -> list[Member]:
     return compared
 
 
-PURSUIT = "--env-id pursuit --eval-episodes 10"
-STAG_HUNT = "--env-id stag_hunt-8x8-4h1s --eval-episodes 200"
+# One epoch of many small minibatches, see the search in docs/results/hyper_mappo.md.
+EPOCHS = "--update-epochs 1 --num-minibatches 32"
+PURSUIT = f"--env-id pursuit --eval-episodes 20 {EPOCHS}"
+STAG_HUNT = f"--env-id stag_hunt-8x8-4h1s --eval-episodes 200 {EPOCHS}"
 FORMS = {
     "none": "--hyper none",
-    "none, agent id": "--hyper none --agent-id",
-    "none, as many parameters": "--hyper none --match-params delta",
-    "none, context as input": "--hyper none --actor-context",
     "delta": "--hyper delta",
+    "context as input": "--hyper none --actor-context",
+    "agent id": "--hyper none --agent-id",
+    "as many parameters": "--hyper none --match-params delta",
     "last-layer": "--hyper last-layer",
 }
 PARTS = {
@@ -89,22 +91,32 @@ PARTS = {
     "low-rank": "--hyper low-rank",
 }
 REWARDS = {
-    f"spirit {spirit}, {critic}": f"--hyper none --team-spirit {spirit} {critic_flag}"
-    for critic, critic_flag in {"own": "--critic-obs", "state": "--no-critic-obs"}.items()
-    for spirit in (0, 0.5, 1)
+    "spirit 0, obs": "--hyper none --team-spirit 0",
+    "spirit 1, state": "--hyper none --team-spirit 1 --no-critic-obs",
+    "spirit 0, state": "--hyper none --team-spirit 0 --no-critic-obs",
+    "spirit 1, obs": "--hyper none --team-spirit 1",
+    "spirit 0.5, obs": "--hyper none --team-spirit 0.5",
+    "spirit 0.5, state": "--hyper none --team-spirit 0.5 --no-critic-obs",
 }
+STAG_GOALS = f"--eval-episodes 400 {EPOCHS} --team-spirit 0"
 SUITES: dict[str, list[Member]] = {
-    "goals": [
-        *compare("--env-id pursuit --eval-episodes 20", {"pursuit": ""}, 5),
-        *compare("--env-id stag_hunt-8x8-4h1s --eval-episodes 200", {"8x8-4h1s": ""}, 5),
-        *compare("--env-id stag_hunt-4x4-4h1s --eval-episodes 200", {"4x4-4h1s": ""}, 5),
-        *compare("--env-id stag_hunt-8x8-4h2s --eval-episodes 200", {"8x8-4h2s": ""}, 5),
-        *compare("--env-id mpe2.simple_spread_v3 --eval-episodes 200", {"simple_spread": ""}, 5),
+    "stag_hunt-goals": [
+        *compare(f"--env-id stag_hunt-4x4-4h1s {STAG_GOALS} --total-timesteps 1000000", {"4x4-4h1s": ""}, 5),
+        *compare(f"--env-id stag_hunt-8x8-4h2s {STAG_GOALS} --total-timesteps 1500000", {"8x8-4h2s": ""}, 5),
+        *compare(f"--env-id stag_hunt-8x8-4h1s {STAG_GOALS} --total-timesteps 3000000", {"8x8-4h1s": ""}, 5),
     ],
-    "pursuit": compare(f"{PURSUIT} --total-timesteps 2000000", FORMS, 8),
-    "stag_hunt-8x8": compare(f"{STAG_HUNT} --total-timesteps 1500000", FORMS, 8),
+    "simple_spread": compare(
+        "--env-id mpe2.simple_spread_v3 --eval-episodes 400 --total-timesteps 600000",
+        {"none": "--hyper none", "delta": "--hyper delta"},
+        5,
+    ),
+    "pursuit": compare(f"{PURSUIT} --total-timesteps 3000000", FORMS, 8),
+    "pursuit-long": compare(
+        f"{PURSUIT} --total-timesteps 6000000", {"delta": "--hyper delta", "none": "--hyper none"}, 5
+    ),
+    "stag_hunt-8x8": compare(f"{STAG_HUNT} --team-spirit 0 --total-timesteps 1500000", FORMS, 8),
     "pursuit-parts": compare(f"{PURSUIT} --total-timesteps 1000000", PARTS, 4),
-    "stag_hunt-8x8-parts": compare(f"{STAG_HUNT} --total-timesteps 1000000", PARTS, 4),
+    "stag_hunt-8x8-parts": compare(f"{STAG_HUNT} --team-spirit 0 --total-timesteps 1000000", PARTS, 4),
     "pursuit-rewards": compare(f"{PURSUIT} --total-timesteps 1000000", REWARDS, 4),
     "stag_hunt-8x8-rewards": compare(f"{STAG_HUNT} --total-timesteps 1000000", REWARDS, 4),
 }
@@ -207,7 +219,7 @@ def learning_curve(run_dir: Path, points: int = CURVE_POINTS) -> list[dict]:
         if (i + 1) % stretch == 0 or i + 1 == len(rows):
             if returns:
                 mean = sum(returns) / len(returns)
-                point = steps[i], round(wall, 1), round(mean, 4)
+                point = steps[i], round(wall, 3), round(mean, 4)
                 curve.append(dict(zip(CURVE_COLUMNS, point, strict=True)))
             returns = []
     return curve
@@ -248,10 +260,7 @@ def start(job: Job, code: Path) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     words = shlex.split(job.member.command(job.seed))[1:]
     begun = run_folder(job)
-    if begun:
-        words = [words[0], "--resume", str(begun), *shlex.split(ONE_THREAD)]
-    else:
-        words += ["--runs-dir", str(job.folder)]
+    words += ["--resume", str(begun)] if begun else ["--runs-dir", str(job.folder)]
     log = open(job.folder / "log.txt", "a", encoding="utf-8")
     packages = {name: version(name) for name in ("torch", "numpy")}
     job.versions = {"commit": describe_commit(code), "python": platform.python_version(), **packages}

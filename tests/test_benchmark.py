@@ -195,10 +195,11 @@ def test_a_real_training_gives_a_row_and_a_curve(tmp_path, monkeypatch):
     assert float(row["mean_return"]) == pytest.approx(np.mean(returns), abs=1e-4)
     curve = plot.read_curve(tmp_path / "results", row)
     assert curve["env_steps"][-1] == 1600 and np.all(np.diff(curve["minutes"]) > 0)
+    assert curve["minutes"][-1] == pytest.approx(float(row["cpu_s"]) / 60)
 
 
 def test_unusable_arguments_end_in_one_line(capsys, tmp_path):
-    for words in (["no-such-suite"], [], ["goals", "--labels", "nobody"], ["goals", "--code", str(tmp_path)]):
+    for words in (["no-such-suite"], [], ["pursuit", "--labels", "nobody"], ["pursuit", "--code", str(tmp_path)]):
         assert run.cli(words) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -276,8 +277,8 @@ def test_tables_and_picture(tmp_path, places, monkeypatch, capsys):
 
 
 def test_plot_without_rows_is_a_usage_error(tmp_path, capsys):
-    assert plot.cli(["goals", "--results", str(tmp_path)]) == 2
-    assert "no rows of goals" in capsys.readouterr().err
+    assert plot.cli(["pursuit", "--results", str(tmp_path)]) == 2
+    assert "no rows of pursuit" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- search
