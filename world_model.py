@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import SPLITS, Dataset, load_dataset, rotate_to_ego
+from dataset import SPLITS, Dataset, load_dataset, rotate_to_ego, same_data
 from envs import ObsSpec, describe_obs
 from runs import (
     Metrics,
@@ -839,7 +839,7 @@ class Targets(NamedTuple):
 class TrainingData(NamedTuple):
     """All that a training reads."""
 
-    meta: dict[str, Any]
+    dataset: Dataset
     config: dict[str, Any]  # of the model
     samples: Samples
     targets: Targets
@@ -925,6 +925,11 @@ class Minibatches:
 def read_data(args: Args, device: torch.device) -> TrainingData:
     """Reads, splits and measures the dataset. UsageError: it is unsound, or not one that these arguments fit."""
     dataset = load_dataset(args.data)
+    if dataset.meta.get("nvec"):
+        parts = dataset.meta["nvec"]
+        raise UsageError(
+            f"{args.data}: expected discrete or continuous actions, got {parts} of several parts: use others"
+        )
     splits = dataset.split_episodes(args.seed, args.heldout_fraction, args.holdout_policies)
     episodes = np.random.default_rng(args.seed).permutation(splits["train"])
     if args.max_samples is not None:
@@ -948,7 +953,7 @@ def read_data(args: Args, device: torch.device) -> TrainingData:
             order = torch.randperm(len(pairs.rows), generator=generator)
             heldout[name] = pairs.take(order[: args.eval_samples])
     return TrainingData(
-        meta=dataset.meta,
+        dataset=dataset,
         config=config,
         samples=samples,
         targets=targets,
@@ -1193,11 +1198,7 @@ def load_resumed(args: Args) -> dict[str, Any] | None:
 
 def check_same_data(args: Args, checkpoint: dict[str, Any], data: TrainingData) -> None:
     """UsageError unless this is the data that the run was trained on; where it lies does not matter."""
-    saved, now = dict(checkpoint["data_meta"]), dict(data.meta)
-    if not ("checksums" in saved and "checksums" in now):  # one of them is from before there were any
-        saved.pop("checksums", None)
-        now.pop("checksums", None)
-    if checkpoint["config"] != data.config or saved != now:
+    if checkpoint["config"] != data.config or not same_data(checkpoint["data_meta"], data.dataset):
         raise UsageError(f"{args.data} is not the data that {args.resume} was trained on: give that, or start anew")
 
 
@@ -1236,7 +1237,7 @@ def resolve(args: Args, data: TrainingData) -> Args:
     """The arguments with what None stood for: main repeats the run from these alone."""
     balance_rewards = args.balance_rewards
     if balance_rewards is None:
-        certain = describe_obs(data.meta).certain and args.reward_target == "reward"
+        certain = describe_obs(data.dataset.meta).certain and args.reward_target == "reward"
         balance_rewards = 0.25 if certain else 0.0
     return replace(
         args,
@@ -1405,7 +1406,7 @@ def main(args: Args) -> Path:
                 "format": CHECKPOINT_FORMAT,
                 "args": asdict(resolved),
                 "config": data.config,
-                "data_meta": data.meta,
+                "data_meta": data.dataset.meta,
                 "update": update,
                 "best_score": best_score,
                 "model": model.state_dict(),

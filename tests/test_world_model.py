@@ -459,12 +459,20 @@ def test_checkpoints_of_before_resume_unless_a_critic_was_in_use(hunt, tmp_path,
     assert "--critic" in error and error.count("\n") == 0
 
 
-def write_other(hunt, tmp_path):
-    """The same dataset, but for what its meta says of it."""
-    other = shutil.copytree(hunt, tmp_path / "other")
-    meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps({**meta, "seed": meta["seed"] + 1}))
-    return other
+def write_other(tmp_path):
+    """Another dataset of the same game."""
+    collect_main(CollectArgs(env_id="stag_hunt", num_steps=300, data_dir=str(tmp_path), name="other", cuda=False))
+    return tmp_path / "other"
+
+
+def test_actions_of_several_parts_are_refused(hunt, tmp_path, capsys, monkeypatch):
+    def with_parts(path):
+        dataset = load_dataset(path)
+        return replace(dataset, meta={**dataset.meta, "nvec": [3, 2]})
+
+    monkeypatch.setattr(wm, "load_dataset", with_parts)
+    assert wm.cli(["--data", str(hunt), "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert "[3, 2] of several parts" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_a_finished_run_does_its_closing_part_again(trained, tmp_path, capsys):
@@ -621,7 +629,7 @@ def test_bad_input_is_one_line_and_exit_code_2(hunt, trained, tmp_path, capsys, 
     file = tmp_path / "cut" / "observations.npy"
     file.write_bytes(file.read_bytes()[:-100])
     names = {"DATA": str(hunt), "RUN": str(trained), "CUT": str(tmp_path / "cut")}
-    names["OTHER"] = str(write_other(hunt, tmp_path) if "OTHER" in flags else "")
+    names["OTHER"] = str(write_other(tmp_path) if "OTHER" in flags else "")
     names["FILE"] = str(trained / "latest.pt")
     args_before = (trained / "args.json").read_text()
     assert wm.cli([names.get(flag, flag) for flag in flags] + ["--runs-dir", str(tmp_path / "runs")]) == 2
