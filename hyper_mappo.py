@@ -828,15 +828,15 @@ def generated_mlp(
 
 
 class Actor(nn.Module):
-    """Shared by all agents. Its output `dist` [..., n] holds log-probabilities (Discrete), or [..., 2 D] mean and
-    log standard deviation of a diagonal Gaussian (Box)."""
+    """Shared by all agents. Its output `dist` [..., n] holds log-probabilities (Discrete; MultiDiscrete: of all parts
+    side by side, which are independent), or [..., 2 D] mean and log standard deviation of a diagonal Gaussian (Box)."""
 
     # DEVIATION: ReLU, no layer normalisation, no observation normalisation; without a context no recurrent network
     # (history belongs to the context).
 
     def __init__(self, spec: dict, args: Args):
         super().__init__()
-        self.discrete = spec["discrete"]
+        self.discrete, self.nvec = spec["discrete"], spec.get("nvec")
         self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"])
         self.num_ids = spec["num_agents"] if args.agent_id else 0
         # A list, so that the frozen encoder is no part of this module: it has a checkpoint of its own.
@@ -914,7 +914,8 @@ class Actor(nn.Module):
             return dist, code, hidden
         if action_mask is not None:
             x = x.masked_fill(~action_mask, -1e9)  # finite: 0 * log 0 must be 0 in entropy and KL
-        return x.log_softmax(dim=-1), code, hidden
+        parts = [part.log_softmax(dim=-1) for part in x.split(self.nvec or x.shape[-1], dim=-1)]
+        return torch.cat(parts, dim=-1), code, hidden
 
 
 def actor_inputs(batch: Batch) -> dict[str, Tensor | None]:
@@ -1052,8 +1053,16 @@ class ValueNorm(nn.Module):
 # ----------------------------------------------------------------------------- distributions, GAE, losses
 
 
-def sample_actions(dist: Tensor, discrete: bool, deterministic: bool = False) -> Tensor:
-    """dist [..., n] -> actions [...] int64; dist [..., 2 D] -> actions [..., D] float32"""
+def sample_actions(
+    dist: Tensor,
+    discrete: bool,
+    deterministic: bool = False,
+    nvec: list[int] | None = None,
+) -> Tensor:
+    """dist [..., n] -> actions [...] int64, with nvec [D] of parts: [..., D]; dist [..., 2 D] -> [..., D] float32"""
+    if nvec is not None:
+        parts = [sample_actions(part, True, deterministic) for part in dist.split(nvec, dim=-1)]
+        return torch.stack(parts, dim=-1)
     if discrete:
         if deterministic:
             return dist.argmax(-1)
@@ -1065,8 +1074,16 @@ def sample_actions(dist: Tensor, discrete: bool, deterministic: bool = False) ->
     return mean + logstd.exp() * torch.randn_like(mean)
 
 
-def log_prob(dist: Tensor, actions: Tensor, discrete: bool) -> Tensor:
+def log_prob(
+    dist: Tensor,
+    actions: Tensor,
+    discrete: bool,
+    nvec: list[int] | None = None,
+) -> Tensor:
     """log pi(actions): [...]"""
+    if nvec is not None:
+        parts = zip(dist.split(nvec, dim=-1), actions.unbind(-1), strict=True)
+        return sum(log_prob(part, action, True) for part, action in parts)
     if discrete:
         return dist.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     mean, logstd = dist.chunk(2, dim=-1)
@@ -1076,7 +1093,7 @@ def log_prob(dist: Tensor, actions: Tensor, discrete: bool) -> Tensor:
 
 
 def entropy(dist: Tensor, discrete: bool) -> Tensor:
-    """[...], in nats"""
+    """[...], in nats; of several parts their sum"""
     if discrete:
         return -(dist.exp() * dist).sum(-1)
     _, logstd = dist.chunk(2, dim=-1)
@@ -1254,7 +1271,7 @@ def ppo_loss(
     weights = mb["learns"].float()  # every mean is over agents that are active and learn
     mb = {**mb, "obs": mb["obs"].float()}  # bytes become numbers once, for actor and critic
     dists, code, _ = actor(**actor_inputs(mb))
-    newlogprob = log_prob(dists, mb["actions"], actor.discrete)
+    newlogprob = log_prob(dists, mb["actions"], actor.discrete, actor.nvec)
     pg_loss, logratio, ratio = clipped_policy_loss(newlogprob, mb, weights, args.clip_coef)
     entropy_bonus = masked_mean(entropy(dists, actor.discrete), weights)
     v_loss = value_loss(critic(mb["state"], mb["obs"]), mb, mb["valued"].float(), args)
@@ -1288,7 +1305,7 @@ def ppo_loss(
 def gradient_cosine(actor: Actor, mb: Batch, args: Args) -> Tensor:
     """Mean cosine between the agents' policy gradients: 1 all pull the same way, 0 unrelated. Scalar."""
     dists, _, _ = actor(**actor_inputs(mb))
-    newlogprob = log_prob(dists, mb["actions"], actor.discrete)
+    newlogprob = log_prob(dists, mb["actions"], actor.discrete, actor.nvec)
     params = [p for p in actor.parameters() if p.requires_grad]
     learners = mb["learns"].flatten(0, 1).any(0)  # [A]
     gradients = []
@@ -1432,7 +1449,7 @@ def act(
         if x is not None:
             one_step[name] = x.unsqueeze(0)  # [N, ...] -> [1, N, ...]
     dists, _, hidden = actor(**actor_inputs(one_step))
-    actions = sample_actions(dists[0], actor.discrete, deterministic)
+    actions = sample_actions(dists[0], actor.discrete, deterministic, actor.nvec)
     memory = torch.cat([hidden, history], dim=-1)
     return actions, dists[0], z, memory
 
@@ -1481,8 +1498,8 @@ def make_policy(name: str, env: VecEnv) -> Policy | FixedPolicy:
         return scripted_player(name, env)
     policy = Policy(name, env.device)
     described = env_spec(env)
-    shapes = {key: described[key] for key in ("obs_shape", "num_agents", "discrete", "num_actions")}
-    trained = {key: policy.spec[key] for key in shapes}
+    shapes = {key: described.get(key) for key in "obs_shape num_agents discrete num_actions nvec".split()}
+    trained = {key: policy.spec.get(key) for key in shapes}
     if trained != shapes:
         raise UsageError(f"{name} was trained with {trained}, but {env.env_id} has {shapes}; use its env")
     return policy
@@ -1838,10 +1855,16 @@ def seed_everything(args: Args) -> None:
 
 def env_spec(env: VecEnv) -> dict:
     """What the networks need to know of an env; saved in the checkpoint. UsageError: other kinds of actions."""
-    if not isinstance(env.action_space, (gym.spaces.Discrete, gym.spaces.Box)):
-        raise UsageError(f"expected actions Discrete or Box [D], got {env.action_space} of {env.env_id}: wrap the env")
     discrete = isinstance(env.action_space, gym.spaces.Discrete)
-    num_actions = env.action_space.n if discrete else env.action_space.shape[0]
+    if isinstance(env.action_space, gym.spaces.MultiDiscrete):
+        nvec = env.action_space.nvec.tolist()
+        parts, discrete, num_actions = {"nvec": nvec}, True, sum(nvec)
+    elif isinstance(env.action_space, gym.spaces.Box):
+        parts, num_actions = {}, env.action_space.shape[0]
+    elif discrete:
+        parts, num_actions = {}, env.action_space.n
+    else:
+        raise UsageError(f"expected actions Discrete, MultiDiscrete or Box, got {env.action_space}: wrap {env.env_id}")
     return {
         "env_id": env.env_id,
         "num_agents": env.num_agents,
@@ -1851,6 +1874,7 @@ def env_spec(env: VecEnv) -> dict:
         "state_scale": env.state_scale,
         "discrete": discrete,
         "num_actions": int(num_actions),
+        **parts,  # nvec: how many options each part of an action has
     }
 
 
@@ -1974,9 +1998,8 @@ def free_memory(device: torch.device) -> float:
 def check_memory(args: Args, envs: VecEnv, actor: Actor) -> None:
     """UsageError: the rollout of this process would not fit into memory."""
     A = envs.num_agents
-    numbers = actor.hidden_size / args.chunk_length + actor.num_subgoals + 2 * math.prod(envs.action_space.shape)
-    if isinstance(envs.action_space, gym.spaces.Discrete):
-        numbers += envs.action_space.n + 2
+    numbers = actor.hidden_size / args.chunk_length + actor.num_subgoals
+    numbers += 2 * env_spec(envs)["num_actions"] + 2 * math.prod(envs.action_space.shape)
     per_agent = math.prod(envs.obs_shape) * envs.obs_dtype.itemsize + 4 * numbers + 40  # what record() and GAE keep
     per_env = A * per_agent + math.prod(envs.state_shape) * envs.state_dtype.itemsize
     size = args.num_steps * envs.num_envs * per_env
@@ -2139,11 +2162,11 @@ def make_batch(
     advantages: Tensor,
     returns: Tensor,
     value_norm: ValueNorm,
-    discrete: bool,
+    actor: Actor,
 ) -> Batch:
     """What ppo_loss reads, of all steps: [T, N, ...], hidden [T/L, N, ...] before each sequence."""
     batch = select(rollout, "obs state action_mask active learns valued starts actions z hidden")
-    batch["logprobs"] = log_prob(rollout["dists"], rollout["actions"], discrete)
+    batch["logprobs"] = log_prob(rollout["dists"], rollout["actions"], actor.discrete, actor.nvec)
     batch["advantages"] = advantages
     batch["returns"] = value_norm.normalize(returns)
     batch["values"] = value_norm.normalize(rollout["values"])
@@ -2388,7 +2411,7 @@ def main(args: Args) -> Path:
         value_norm.update(*moments)  # DEVIATION: once per rollout, before its epochs, not once per minibatch
 
         # -- the batch [T, N, ...], and what it tells of the others' learning
-        batch = make_batch(rollout, advantages, returns, value_norm, actor.discrete)
+        batch = make_batch(rollout, advantages, returns, value_norm, actor)
         if target:
             with torch.no_grad():
                 batch["anchor_dists"], _, target_hidden = target(**{**actor_inputs(batch), "hidden": target_hidden})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gymnasium.spaces import MultiDiscrete
 
 import hyper_mappo
 import runs
@@ -41,6 +42,7 @@ from hyper_mappo import (
     sample_actions,
     smoothness,
 )
+from tests import tiny_envs
 
 ROOT = Path(__file__).parent.parent
 LOSSES = [tag for tag in COLUMNS if tag.startswith("losses/") and "grad_norm" not in tag and "explained" not in tag]
@@ -187,6 +189,62 @@ def test_distributions_match_torch_distributions(discrete):
     else:
         torch.testing.assert_close(samples.mean(0), old_d.mean[0], atol=0.1, rtol=0)
         torch.testing.assert_close(samples.std(0), old_d.base_dist.stddev[0], atol=0.1, rtol=0.05)
+
+
+def test_actions_of_parts_match_torch_distributions():
+    torch.manual_seed(0)
+    nvec, spec_of_parts = [3, 2, 4], {**spec(), "num_actions": 9, "nvec": [3, 2, 4]}
+    actor = Actor(spec_of_parts, Args(**TINY))
+    for p in actor.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    obs, _, active, starts = random_inputs()
+    mask = torch.rand(*active.shape, 9) > 0.4
+    mask[..., [0, 3, 5]] = True  # an option of every part
+    hidden = torch.randn(4, 3, actor.hidden_size)
+    dist, _, _ = actor(obs, mask, active, starts, hidden)
+    other, _, _ = actor(obs + 0.5, mask, active, starts, hidden)
+    categoricals = [torch.distributions.Categorical(logits=part) for part in dist.split(nvec, dim=-1)]
+    others = [torch.distributions.Categorical(logits=part) for part in other.split(nvec, dim=-1)]
+    for part in dist.split(nvec, dim=-1):
+        torch.testing.assert_close(part.exp().sum(-1), torch.ones(active.shape))
+    actions = sample_actions(dist, True, nvec=nvec)
+    assert actions.shape == (*active.shape, 3)
+    expected = sum(c.log_prob(a) for c, a in zip(categoricals, actions.unbind(-1), strict=True))
+    torch.testing.assert_close(log_prob(dist, actions, True, nvec), expected)
+    torch.testing.assert_close(entropy(dist, True), sum(c.entropy() for c in categoricals), rtol=1e-4, atol=1e-5)
+    kl = sum(torch.distributions.kl_divergence(a, b) for a, b in zip(categoricals, others, strict=True))
+    torch.testing.assert_close(kl_divergence(dist, other, True), kl, rtol=1e-4, atol=1e-5)
+    offsets = torch.tensor([0, 3, 5])
+    for _ in range(20):
+        assert mask.gather(-1, sample_actions(dist, True, nvec=nvec) + offsets).all()
+    best = sample_actions(dist, True, True, nvec)
+    assert torch.equal(best, torch.stack([c.probs.argmax(-1) for c in categoricals], dim=-1))
+
+
+class NumberInParts(tiny_envs.OwnNumber):
+    """One's own number, 0 to 2, is asked for in two parts: whether it is 0, and the number itself."""
+
+    metadata = {"name": "number_in_parts"}
+
+    def action_space(self, agent):
+        return MultiDiscrete([2, 3])
+
+    def step(self, actions):
+        right = {}
+        for i, agent in enumerate(tiny_envs.AGENTS):
+            is_zero, number = actions[agent]
+            right[agent] = self.numbers[i] if is_zero == (number == 0) else -1
+            right[agent] = number if right[agent] == self.numbers[i] else -1
+        return super().step(right)
+
+
+def test_actions_of_several_parts_are_learnt_and_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_envs, "number_in_parts", NumberInParts, raising=False)
+    flags = dict(num_envs=16, num_steps=32, num_minibatches=4, hidden_size=32, total_timesteps=40_000, anneal_lr=True)
+    flags |= dict(learning_rate=2e-3, ent_coef=0.01, eval_episodes=50, hyper="none")
+    run_dir = run(tmp_path, env_id="tests.tiny_envs:number_in_parts", **flags)
+    assert json.loads((run_dir / "eval.json").read_text())["mean_return"] >= 0.9 * 8
+    assert load_checkpoint(run_dir)["spec"]["nvec"] == [2, 3]
 
 
 def test_masked_actions_are_never_taken_and_give_finite_numbers():
