@@ -98,7 +98,7 @@ from runs import (
 
 CHECKPOINT_FORMAT = "hyper_mappo/3"
 PROBE_ENVS = 16  # envs whose first rollout shows how the policy changes from update to update
-STAG_HUNT_SPIRIT = 0.9  # what --team-spirit None stands for there: who hunts a hare leaves the others the stag
+STAG_HUNT_SPIRIT = 0.97  # what --team-spirit None stands for there: who hunts a hare leaves the others the stag
 GRADIENT_COSINE_EVERY = 10  # updates
 EVAL_SEED = 1_000_000  # keeps the seeds of evaluation apart from those of training
 EVAL_ENVS = {"pettingzoo": 8, "batched": 128}  # at most, whatever the machine: returns depend on it
@@ -159,7 +159,7 @@ class Args:
     team_spirit: float | None = None
     """t of 0 ... 1: what is trained on is (1 - t) x the own reward + t x the mean over learners; above 0 who left
     early still gets its share of what others are paid later. Below 1 the env pays every agent for itself, where it
-    can. None: 0.9 on the stag hunts, else 0"""
+    can. None: 0.97 on the stag hunts, else 0"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.95
