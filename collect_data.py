@@ -59,7 +59,8 @@ class Args:
     backend: Literal["auto", "pettingzoo", "batched"] = "auto"
     """what steps the envs: auto takes the batched twin where there is one"""
     policies: tuple[str, ...] = ("random",)
-    """who plays: random (any env), a scripted player of the env, or the run folder of a hyper_mappo.py checkpoint"""
+    """who plays: random (any env), a scripted player of the env, the run folder of a hyper_mappo.py checkpoint, or
+    plan:RUN for what plan.py decides, set up as in its run folder"""
     values_of: str | None = None
     """run folder of hyper_mappo.py whose critic says what it expects from each step on; None: no values"""
     num_steps: int = 100_000
@@ -98,6 +99,16 @@ def make_mixes(num_policies: int, num_agents: int) -> np.ndarray:
     policies = range(num_policies)
     mixes = itertools.combinations_with_replacement(policies, num_agents)
     return np.array(list(mixes))
+
+
+def make_player(name: str, env: VecEnv, env_kwargs: dict[str, Any]) -> Any:
+    """As make_policy, and plan:RUN for the planner of a run folder of plan.py."""
+    kind, is_planner, run_dir = name.partition(":")
+    if not is_planner or kind != "plan":
+        return make_policy(name, env)
+    from plan import load_player
+
+    return load_player(run_dir, env, env_kwargs)
 
 
 class Seating:
@@ -175,7 +186,7 @@ def collect(
     are over. A killed collection plays its segment again; `writer` skips the episodes that it already has. (To begin
     new ones in their place would lose those that were in flight, which are mostly the long ones.)
     """
-    players = [make_policy(name, env) for name in policies]
+    players = [make_player(name, env, writer.meta["env_kwargs"]) for name in policies]
     progress = tqdm(
         total=num_steps,
         initial=min(writer.num_steps, num_steps),
@@ -377,7 +388,7 @@ def main(args: Args) -> Path:
 
     # ---- networks
     for policy in args.policies:
-        make_policy(policy, env)  # refuses what cannot play before anything is written
+        make_player(policy, env, env_kwargs)  # refuses what cannot play before anything is written
     critic, values_of = None, None
     if args.values_of is not None:
         critic = load_values(args.values_of, env)

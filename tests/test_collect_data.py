@@ -108,6 +108,25 @@ def test_a_checkpoint_takes_its_seats(tmp_path, run_dir):
         collect(tmp_path / "other", env_id="stag_hunt-8x8-4h1s", policies=(run_dir,))
 
 
+def test_a_planner_takes_its_seats(tmp_path, monkeypatch):
+    import plan
+
+    asked = []
+
+    def load_player(run_dir, env, env_kwargs):
+        asked.append((run_dir, env_kwargs))
+        return collect_data.make_policy("stay", env)
+
+    monkeypatch.setattr(plan, "load_player", load_player)
+    data = collect(tmp_path, policies=("plan:runs/a", "random"), num_steps=100, env_kwargs='{"max_cycles": 9}')
+    assert asked == [("runs/a", {"max_cycles": 9})] * 2  # checked before anything is written, then played with
+    assert (data.actions[data.active & (data.policy_ids == 0)] == 4).all()
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="no_run") as error:
+        collect(tmp_path / "other", policies=("plan:no_run",))
+    assert "\n" not in str(error.value)
+
+
 def test_values_are_the_critics_and_change_nothing_else(tmp_path, run_dir):
     import hyper_mappo
 
@@ -308,6 +327,11 @@ def test_pursuit_and_the_genuine_env(tmp_path):
         ({"num_envs": 0}, "--num-envs must be at least 1"),
         ({"env_kwargs": "{max_cycles: 5}"}, "JSON"),
         ({"env_kwargs": "[5]"}, "by name"),
+        ({"env_kwargs": "null"}, "by name"),
+        ({"env_kwargs": '{"seed": 1}'}, "may not hold seed: use --seed"),
+        ({"env_kwargs": '{"num_envs": 1}'}, "may not hold num_envs: use --num-envs"),
+        ({"name": 300 * "a"}, "takes 300 bytes"),
+        ({"name": ".."}, "holds no letter or number"),
         ({"seed": -1}, "--seed must be from 0 to 2147483647, got -1"),
         ({"env_id": "stag_haunt"}, "stag_hunt"),
     ],
