@@ -546,7 +546,10 @@ class Metrics:
             table = csv.DictWriter(file, self.columns, extrasaction="ignore")
             table.writeheader()
             table.writerows(kept)
-        self.file = open(self.path, "a", newline="", buffering=1, encoding="utf-8")
+        try:
+            self.file = open(self.path, "a", newline="", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         self.table = csv.DictWriter(self.file, self.columns)
 
     def log(self, step: int, values: dict[str, float]) -> None:

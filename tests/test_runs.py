@@ -439,6 +439,19 @@ def test_rows_that_a_power_cut_took_are_said(tmp_path, capsys):
     assert "rows are missing between step 0 and 30" in capsys.readouterr().err
 
 
+def test_metrics_that_cannot_be_opened_are_one_line(tmp_path, monkeypatch):
+    really_open = open
+
+    def no_appending(path, mode="r", *args, **kwargs):
+        if mode == "a":
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", no_appending)
+    with pytest.raises(runs.RunError, match="could not write .*metrics.csv: permission denied"):
+        runs.Metrics(tmp_path, "step", ["step", "losses/a"])
+
+
 def test_a_column_that_nobody_announced_is_an_error(tmp_path):
     metrics = runs.Metrics(tmp_path, "step", ["step", "losses/a"])
     with pytest.raises(ValueError, match="losses/b"):
