@@ -954,6 +954,24 @@ def test_sigterm_saves_and_the_run_can_go_on(tmp_path):
     assert len(metrics(run_dir)) == update + 2
 
 
+def test_ranks_whose_torchrun_agent_was_killed_save_and_stop(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "hyper_mappo.py"]
+    command += ["--env-id", "pursuit", "--env-kwargs", SMALL_PURSUIT, "--num-envs", "4", "--num-steps", "8"]
+    command += ["--num-minibatches", "2", "--total-timesteps", "3200000", "--runs-dir", str(tmp_path)]
+    command += ["--eval-episodes", "0", "--save-every", "100000"]
+    agent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while time.time() < deadline and not any(len(metrics(p.parent)) > 2 for p in tmp_path.glob("*/metrics.csv")):
+        time.sleep(0.2)
+    agent.kill()
+    agent.wait()
+    (run_dir,) = tmp_path.iterdir()
+    while time.time() < deadline and not (run_dir / "latest.pt").exists():
+        time.sleep(0.2)
+    time.sleep(2)  # what trained on would log more
+    assert len(metrics(run_dir)) == load_checkpoint(run_dir)["update"]
+
+
 def test_nan_observation_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
     flags = ["--env-id", "tests.tiny_envs:turns_nan", "--num-env-procs", "0", "--num-envs", "2", "--num-steps", "8"]
     flags += ["--num-minibatches", "1", "--total-timesteps", "1600", "--save-every", "1", "--runs-dir", str(tmp_path)]
