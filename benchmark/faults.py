@@ -96,7 +96,9 @@ def weights_and_metrics(folder: Path) -> dict[str, Any]:
             for name, value in row.items():
                 if name not in NOT_COMPARED:
                     result[f"row {i} {name}"] = np.array(value)
-    result["pictures"] = np.array(sorted(path.name for path in run_dir.glob("*.png")))
+    # (the temporary file of a killed writer stays for a minute, then the next writer of the folder deletes it)
+    pictures = [path.name for path in run_dir.glob("*.png") if ".tmp." not in path.name]
+    result["pictures"] = np.array(sorted(pictures))
     return result
 
 
