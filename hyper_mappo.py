@@ -22,6 +22,7 @@ import interrupts  # noqa: F401
 
 import copy
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -1921,6 +1922,9 @@ def join_processes(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # Its functions take the group that there is at import as a default argument. Imported later, as Adam does, they
+    # would keep it, and with it its threads, beyond destroy_process_group: a rank that ends then can abort.
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 

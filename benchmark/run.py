@@ -98,12 +98,14 @@ REWARDS = {
     "spirit 0.5, obs": "--hyper none --team-spirit 0.5",
     "spirit 0.5, state": "--hyper none --team-spirit 0.5 --no-critic-obs",
 }
-STAG_GOALS = f"--eval-episodes 400 {EPOCHS} --team-spirit 0"
+STAG_GOALS = "--eval-episodes 400 --total-timesteps"
+LARGE_MAP = """--env-kwargs '{"height": 16, "width": 16, "num_players": 8, "num_stags": 2, "num_hares": 8}'"""
 SUITES: dict[str, list[Member]] = {
     "stag_hunt-goals": [
-        *compare(f"--env-id stag_hunt-4x4-4h1s {STAG_GOALS} --total-timesteps 1000000", {"4x4-4h1s": ""}, 5),
-        *compare(f"--env-id stag_hunt-8x8-4h2s {STAG_GOALS} --total-timesteps 1500000", {"8x8-4h2s": ""}, 5),
-        *compare(f"--env-id stag_hunt-8x8-4h1s {STAG_GOALS} --total-timesteps 3000000", {"8x8-4h1s": ""}, 5),
+        *compare(f"--env-id stag_hunt-4x4-4h1s {STAG_GOALS} 1500000", {"4x4-4h1s": ""}, 5),
+        *compare(f"--env-id stag_hunt-8x8-4h1s {STAG_GOALS} 5000000", {"8x8-4h1s": ""}, 5),
+        *compare(f"--env-id stag_hunt-8x8-4h2s {STAG_GOALS} 3000000", {"8x8-4h2s": ""}, 5),
+        *compare(f"--env-id stag_hunt {LARGE_MAP} {STAG_GOALS} 5000000", {"16x16, 8 players": ""}, 2),
     ],
     "simple_spread": compare(
         "--env-id mpe2.simple_spread_v3 --eval-episodes 400 --total-timesteps 600000",
@@ -114,9 +116,9 @@ SUITES: dict[str, list[Member]] = {
     "pursuit-long": compare(
         f"{PURSUIT} --total-timesteps 6000000", {"delta": "--hyper delta", "none": "--hyper none"}, 5
     ),
-    "stag_hunt-8x8": compare(f"{STAG_HUNT} --team-spirit 0 --total-timesteps 1500000", FORMS, 8),
+    "stag_hunt-8x8": compare(f"{STAG_HUNT} --total-timesteps 1500000", FORMS, 8),
     "pursuit-parts": compare(f"{PURSUIT} --total-timesteps 1000000", PARTS, 4),
-    "stag_hunt-8x8-parts": compare(f"{STAG_HUNT} --team-spirit 0 --total-timesteps 1000000", PARTS, 4),
+    "stag_hunt-8x8-parts": compare(f"{STAG_HUNT} --total-timesteps 1000000", PARTS, 4),
     "pursuit-rewards": compare(f"{PURSUIT} --total-timesteps 1000000", REWARDS, 4),
     "stag_hunt-8x8-rewards": compare(f"{STAG_HUNT} --total-timesteps 1000000", REWARDS, 4),
 }

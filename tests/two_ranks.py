@@ -52,6 +52,12 @@ class TableEnv(VecEnv):
         return self.env_step(torch.zeros(self.num_envs, 2))
 
 
+def gloo_threads():
+    """The names of this process' threads that belong to a process group; none where the system does not tell."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 if __name__ == "__main__":
     runs_dir, total_timesteps, *resume = sys.argv[1:]
     hyper_mappo.check_env = lambda *_: CheckedEnv("table", "batched", {}, spec=None)
@@ -60,4 +66,6 @@ if __name__ == "__main__":
     flags = ["--runs-dir", runs_dir, "--total-timesteps", total_timesteps, "--seed", str(SEED), "--num-envs", "8"]
     flags += ["--num-steps", "8", "--num-minibatches", "1", "--update-epochs", "2", "--no-anneal-lr", "--hidden-size"]
     flags += ["8", "--eval-episodes", "0", "--save-every", "1", "--no-cuda", "--learning-rate", "0.01"]
-    sys.exit(hyper_mappo.cli((["--resume", *resume] if resume else []) + flags))
+    exit_code = hyper_mappo.cli((["--resume", *resume] if resume else []) + flags)
+    left = gloo_threads()  # they abort an interpreter that ends while they work
+    sys.exit(f"threads that were not joined: {left}" if left else exit_code)
