@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+SLOW_IMPORTS = ("torch._dynamo", "sklearn.linear_model", "sklearn.manifold")  # what Adam and the plots import
 NOT_COMPARED = ("charts/SPS", "charts/samples_per_second")  # speeds
 WRITING = os.O_WRONLY | os.O_RDWR
 
@@ -230,21 +231,27 @@ class Bench:
         return f"--resume: exit code {code}: {log.read_text()[-300:]}" if code else None
 
 
-def run_trials(bench: Bench, seconds: float, seed: int) -> list[Trials]:
-    """Half of the time for kills at file operations (all, or evenly spread), the rest for random moments."""
+def share_of_operations(benches: list[Bench], seconds: float) -> float:
+    """The share of all file operations for which there is time: 1 if for all."""
     # A trial: up to a whole run, and what was left of it.
-    num_operations = max(1, min(bench.num_operations, int(seconds / 2 / (2 * bench.seconds))))
-    places = np.linspace(1, bench.num_operations, num_operations).round().astype(int).tolist()
-    until = time.perf_counter() + seconds / 2
-    results = []
-    at_operations = itertools.takewhile(lambda _: time.perf_counter() < until, places)
-    results.append(collect_trials(f"file operations (of {bench.num_operations})", bench, at_operations, "kill_at"))
+    needed = sum(bench.num_operations * 1.5 * bench.seconds for bench in benches)
+    return min(1.0, seconds / needed)
+
+
+def kill_at_operations(bench: Bench, share: float, until: float) -> Trials:
+    """Kills before file operations, all of them or evenly spread ones, while there is time."""
+    num_places = max(1, round(bench.num_operations * share))
+    places = np.linspace(1, bench.num_operations, num_places).round().astype(int).tolist()
+    in_time = itertools.takewhile(lambda _: time.perf_counter() < until, places)
+    return collect_trials(f"file operations (of {bench.num_operations})", bench, in_time, "kill_at")
+
+
+def kill_at_random(bench: Bench, seed: int, until: float) -> Trials:
+    """Kills at random moments while there is time."""
     rng = random.Random(seed)
-    until = time.perf_counter() + seconds / 2
     moments = (rng.uniform(0, bench.seconds) for _ in itertools.count())
-    at_random = itertools.takewhile(lambda _: time.perf_counter() < until, moments)
-    results.append(collect_trials("random moments", bench, at_random, "seconds"))
-    return results
+    in_time = itertools.takewhile(lambda _: time.perf_counter() < until, moments)
+    return collect_trials("random moments", bench, in_time, "seconds")
 
 
 def collect_trials(kind: str, bench: Bench, values: Any, argument: str) -> Trials:
@@ -259,10 +266,18 @@ def collect_trials(kind: str, bench: Bench, values: Any, argument: str) -> Trial
     return Trials(kind, tried, num_killed, lost)
 
 
+def show(name: str, trials: Trials) -> int:
+    """Prints a row of the table: -> how many were lost"""
+    lost = len(trials.lost)
+    survived = trials.tried - lost
+    print(f"| {name} | {trials.kind} | {trials.tried} | {trials.killed} | {survived} | {lost} |", flush=True)
+    return lost
+
+
 def main(args: Args) -> int:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    for name in args.scripts:
+    for name in (*args.scripts, *SLOW_IMPORTS):
         importlib.import_module(name)  # once: the children are forks
     data_folder = folder / "data"
     data_folder.mkdir()
@@ -270,17 +285,17 @@ def main(args: Args) -> int:
     flags = [*table["collect_data"].flags, "--data-dir", str(data_folder)]
     if run_in_child("collect_data", flags, folder / "data.log", data_folder):
         raise SystemExit((folder / "data.log").read_text())
-    num_lost = 0
+    benches = [Bench(name, table[name], folder, args.keep) for name in args.scripts]
+    end = time.perf_counter() + 60 * args.minutes
+    share = share_of_operations(benches, 0.7 * 60 * args.minutes)
     print("| script | killed at | trials | killed | survived | lost |\n|---|---|---|---|---|---|")
-    for name in args.scripts:
-        started = time.perf_counter()
-        bench = Bench(name, table[name], folder, args.keep)
-        left = 60 * args.minutes / len(args.scripts) - (time.perf_counter() - started)
-        for result in run_trials(bench, max(left, bench.seconds), args.seed):
-            lost = len(result.lost)
-            num_lost += lost
-            survived = result.tried - lost
-            print(f"| {name} | {result.kind} | {result.tried} | {result.killed} | {survived} | {lost} |", flush=True)
+    num_lost = 0
+    for bench in benches:
+        num_lost += show(bench.name, kill_at_operations(bench, share, end))
+    left = end - time.perf_counter()
+    for i, bench in enumerate(benches, 1):
+        until = end - left * (len(benches) - i) / len(benches)
+        num_lost += show(bench.name, kill_at_random(bench, args.seed, until))
     if not (num_lost and args.keep):
         shutil.rmtree(folder)
     return 1 if num_lost else 0

@@ -3,7 +3,7 @@
 Wraps the parts of the training loop with timers and trains for some updates; prints each part's share. One thread
 computes the gradients, so that forward and backward passes do not overlap.
 
-    python benchmark/train_profile.py --hyper none delta          # 2 minutes on 2 cores
+    python benchmark/train_profile.py --hyper none delta          # a minute on 2 cores
 """
 
 from __future__ import annotations
@@ -17,13 +17,26 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
 import hyper_mappo
-from runs import get_device
+from runs import Metrics, get_device
+
+TIMED = (  # where it is looked up, name, part
+    (hyper_mappo, "act", "acting (forward)"),
+    (hyper_mappo, "ppo_loss", "update: forward"),
+    (hyper_mappo, "gradient_cosine", "gradient cosine"),
+    (torch.Tensor, "backward", "update: backward"),
+    (torch.optim.Adam, "step", "update: Adam"),
+    (hyper_mappo, "refuse_non_finite", "check of numbers"),
+    (Metrics, "log", "metrics"),
+    (Metrics, "sync", "metrics"),
+    (hyper_mappo, "save_checkpoint", "checkpoints"),
+)
 
 
 @dataclass
@@ -32,7 +45,7 @@ class Args:
     """env to train on"""
     hyper: tuple[str, ...] = ("none", "delta")
     """forms to look at"""
-    updates: int = 6
+    updates: int = 11
     """updates, the first of which is not counted"""
     seed: int = 1
     """of envs and networks"""
@@ -57,38 +70,30 @@ def profile(hyper: str, args: Args) -> dict[str, float]:
         return call
 
     def make_timed_env(*inputs, **kwargs):
-        env = hyper_mappo_parts["make_vec_env"](*inputs, **kwargs)
+        env = make_vec_env(*inputs, **kwargs)
         env.step = timed("env step", env.step)
         return env
 
     def after_rollout(*inputs):
         nonlocal running, num_updates
         running, num_updates = num_updates > 0, num_updates + 1
-        return hyper_mappo_parts["compute_gae"](*inputs)
+        return compute_gae(*inputs)
 
-    names = ("make_vec_env", "act", "ppo_loss", "compute_gae", "gradient_cosine")
-    hyper_mappo_parts = {name: getattr(hyper_mappo, name) for name in names}
-    backward, adam = torch.Tensor.backward, torch.optim.Adam.step
-    try:
-        hyper_mappo.make_vec_env = make_timed_env
-        hyper_mappo.act = timed("acting (forward)", hyper_mappo.act)
-        hyper_mappo.ppo_loss = timed("update: forward", hyper_mappo.ppo_loss)
-        hyper_mappo.gradient_cosine = timed("gradient cosine", hyper_mappo.gradient_cosine)
-        hyper_mappo.compute_gae = timed("GAE", after_rollout)
-        torch.Tensor.backward = timed("update: backward", backward)
-        torch.optim.Adam.step = timed("update: Adam", adam)
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            fields = {"env_id": args.env_id, "hyper": hyper, "seed": args.seed, "update_threads": 1}
-            flags = hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0)
-            resolved, _ = hyper_mappo.check_args(flags, get_device(flags.cuda))
-            total_timesteps = args.updates * resolved.num_envs * resolved.num_steps
-            start = time.perf_counter()
-            hyper_mappo.main(replace(flags, total_timesteps=total_timesteps))
-            seconds["all updates, start-up and the rest"] = time.perf_counter() - start
-    finally:
-        for name, function in hyper_mappo_parts.items():
-            setattr(hyper_mappo, name, function)
-        torch.Tensor.backward, torch.optim.Adam.step = backward, adam
+    make_vec_env, compute_gae = hyper_mappo.make_vec_env, hyper_mappo.compute_gae
+    with contextlib.ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
+        patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        patches.enter_context(mock.patch.object(hyper_mappo, "make_vec_env", make_timed_env))
+        patches.enter_context(mock.patch.object(hyper_mappo, "compute_gae", timed("GAE", after_rollout)))
+        for owner, name, part in TIMED:
+            function = timed(part, getattr(owner, name))
+            patches.enter_context(mock.patch.object(owner, name, function))
+        fields = {"env_id": args.env_id, "hyper": hyper, "seed": args.seed, "update_threads": 1}
+        flags = hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0)
+        resolved, _ = hyper_mappo.check_args(flags, get_device(flags.cuda))
+        total_timesteps = args.updates * resolved.num_envs * resolved.num_steps
+        start = time.perf_counter()
+        hyper_mappo.main(replace(flags, total_timesteps=total_timesteps))
+        seconds["all updates, start-up and the rest"] = time.perf_counter() - start
     return seconds
 
 
@@ -99,7 +104,7 @@ def main(args: Args) -> None:
         parts = sum(seconds.values())
         print(f"--hyper {hyper}: {parts:.1f} s in the timed parts of {args.updates - 1} updates ({whole:.1f} s in all)")
         for name, x in sorted(seconds.items(), key=lambda item: -item[1]):
-            print(f"  {name:20s} {x / parts:6.1%}")
+            print(f"  {name:20s} {x / parts:7.2%}")
 
 
 if __name__ == "__main__":
