@@ -196,6 +196,8 @@ class Args:
     """width of the critic's two hidden layers; None: hidden_size"""
     agent_id: bool = False
     """append a one-hot agent id to what the actor sees, and the critic with --critic-obs"""
+    share_parameters: bool = True
+    """one actor for all agents; without: every agent has its own (with --hyper none). The critic stays shared"""
     critic_obs: bool = True
     """the critic sees the state and the agent's own observation; without: the state alone, one output per agent"""
 
@@ -275,8 +277,8 @@ LIMITS = {
 }
 # What a run's weights depend on: --resume and --init-from refuse to change these.
 ARCHITECTURE = (
-    "hidden_size critic_hidden_size agent_id critic_obs value_norm hyper hyper_context actor_context share_delta "
-    "history context_size context_heads hyper_basis hyper_rank hyper_critic match_params subgoals"
+    "hidden_size critic_hidden_size agent_id share_parameters critic_obs value_norm hyper hyper_context actor_context "
+    "share_delta history context_size context_heads hyper_basis hyper_rank hyper_critic match_params subgoals"
 ).split()
 # What its episodes in flight depend on, too.
 EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_steps partners partner_switch".split()
@@ -307,11 +309,14 @@ def layer_init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
-def make_layers(sizes: list[int], gains: list[float]) -> nn.ModuleList:
-    """Linear layers from size to size, each initialised with its gain."""
+def make_layers(sizes: list[int], gains: list[float], copies: int | None = None) -> nn.ModuleList:
+    """Linear layers from size to size, each initialised with its gain; copies: how many agents have their own."""
     layers = nn.ModuleList()
     for (size_in, size_out), gain in zip(itertools.pairwise(sizes), gains, strict=True):
-        layers.append(layer_init(nn.Linear(size_in, size_out), gain))
+        if copies is None:
+            layers.append(layer_init(nn.Linear(size_in, size_out), gain))
+        else:
+            layers.append(AgentLayer(copies, size_in, size_out, gain))
     return layers
 
 
@@ -319,16 +324,33 @@ def num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+class AgentLayer(nn.Module):
+    """A linear layer of its own for every agent, all of them in one batched product."""
+
+    def __init__(self, num_agents: int, size_in: int, size_out: int, gain: float):
+        super().__init__()
+        weights = torch.empty(num_agents, size_out, size_in)
+        for weight in weights:
+            nn.init.orthogonal_(weight, gain)
+        self.weight = nn.Parameter(weights)
+        self.bias = nn.Parameter(torch.zeros(num_agents, 1, size_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [A, B, in] -> [A, B, out]"""
+        return torch.baddbmm(self.bias, x, self.weight.transpose(1, 2))
+
+
 class Trunk(nn.Module):
     """Turns observations or states into flat features: [..., *shape] -> [..., num_features] float32.
 
     Grids of up to 1,024 numbers are flattened, larger pictures [height, width, channels] pass a small CNN
     of stride-2 convolutions. `scale` multiplies the raw numbers (1/255 for bytes of a picture).
+    With `copies` A each of the agents in [..., A, *shape] has a CNN of its own.
     """
 
-    def __init__(self, shape: list[int], scale: float):
+    def __init__(self, shape: list[int], scale: float, copies: int = 1):
         super().__init__()
-        self.shape, self.scale = shape, scale
+        self.shape, self.scale, self.copies = shape, scale, copies
         self.convs = None
         self.num_features = math.prod(shape)
         if len(shape) == 3 and self.num_features > 1024:
@@ -336,8 +358,12 @@ class Trunk(nn.Module):
             out_channels = 16
             convs = []
             while max(height, width) > 8:
-                conv = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
-                convs += [layer_init(conv), nn.ReLU()]
+                sizes = copies * channels, copies * out_channels
+                conv = nn.Conv2d(*sizes, 3, stride=2, padding=1, groups=copies)
+                nn.init.zeros_(conv.bias)
+                for weight in conv.weight.data.split(out_channels):
+                    nn.init.orthogonal_(weight, math.sqrt(2))
+                convs += [conv, nn.ReLU()]
                 height = (height + 1) // 2
                 width = (width + 1) // 2
                 channels, out_channels = out_channels, 32
@@ -351,7 +377,10 @@ class Trunk(nn.Module):
             x = x * self.scale
         if self.convs is None:
             return x.reshape(*lead, self.num_features)
+        height, width, _ = self.shape
         x = x.reshape(-1, *self.shape).permute(0, 3, 1, 2)  # [B, h, w, c] -> [B, c, h, w]
+        if self.copies > 1:
+            x = x.reshape(-1, self.copies * x.shape[1], height, width)  # -> [B / A, A * c, h, w]
         return self.convs(x).reshape(*lead, self.num_features)
 
 
@@ -813,7 +842,10 @@ def generated_mlp(
     hyper: HyperNetwork | None,
     code: Tensor | None,
 ) -> Tensor:
-    """Linear layers with ReLU between them, as they are or as `hyper` makes them: x [B, in], code [B, P] -> [B, out]"""
+    """Linear layers with ReLU between them, as they are or as `hyper` makes them: x [B, in], code [B, P] -> [B, out]
+
+    Of an AgentLayer each they take and give [A, B, ...].
+    """
     mixture = hyper.mix(code) if hyper else None
     for i, layer in enumerate(layers):
         if hyper:
@@ -829,8 +861,11 @@ def generated_mlp(
 
 
 class Actor(nn.Module):
-    """Shared by all agents. Its output `dist` [..., n] holds log-probabilities (Discrete; MultiDiscrete: of all parts
-    side by side, which are independent), or [..., 2 D] mean and log standard deviation of a diagonal Gaussian (Box)."""
+    """Shared by all agents, or with weights of its own for each (--no-share-parameters).
+
+    Its output `dist` [..., n] holds log-probabilities (Discrete; MultiDiscrete: of all parts side by side, which are
+    independent), or [..., 2 D] mean and log standard deviation of a diagonal Gaussian (Box).
+    """
 
     # DEVIATION: ReLU, no layer normalisation, no observation normalisation; without a context no recurrent network
     # (history belongs to the context).
@@ -838,8 +873,9 @@ class Actor(nn.Module):
     def __init__(self, spec: dict, args: Args):
         super().__init__()
         self.discrete, self.nvec = spec["discrete"], spec.get("nvec")
-        self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"])
-        self.num_ids = spec["num_agents"] if args.agent_id else 0
+        self.shared, A = args.share_parameters, spec["num_agents"]
+        self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"], copies=1 if self.shared else A)
+        self.num_ids = A if args.agent_id else 0
         # A list, so that the frozen encoder is no part of this module: it has a checkpoint of its own.
         self.subgoals = []
         self.num_subgoals = history_size = 0
@@ -850,7 +886,7 @@ class Actor(nn.Module):
         self.context = self.hyper = None
         self.hidden_size = 0
         if args.hyper != "none" or args.actor_context:
-            self.context = Context(self.trunk.num_features, spec["num_agents"], self.num_subgoals, args)
+            self.context = Context(self.trunk.num_features, A, self.num_subgoals, args)
             self.hidden_size = self.context.hidden_size
         self.memory_size = self.hidden_size + history_size
 
@@ -861,9 +897,11 @@ class Actor(nn.Module):
         if args.match_params is not None:
             H = matching_width(inputs, spec, args)
         gains = [math.sqrt(2), math.sqrt(2), 0.01]
-        self.layers = make_layers([inputs, H, H, spec["num_actions"]], gains)
+        sizes = [inputs, H, H, spec["num_actions"]]
+        self.layers = make_layers(sizes, gains, copies=None if self.shared else A)
         if not self.discrete:
-            self.logstd = nn.Parameter(torch.zeros(spec["num_actions"]))
+            lead = [] if self.shared else [A]
+            self.logstd = nn.Parameter(torch.zeros(*lead, spec["num_actions"]))
         if args.hyper != "none":
             self.hyper = make_hypernetwork(self.layers, gains, args)
             if not self.hyper.has_base:
@@ -908,8 +946,7 @@ class Actor(nn.Module):
             ids = torch.eye(self.num_ids, device=x.device)
             ids = ids.expand(*x.shape[:-1], self.num_ids)
             x = torch.cat([x, ids], dim=-1)
-        x = generated_mlp(x.flatten(0, 2), self.layers, self.hyper, flat_code)
-        x = x.view(*active.shape, -1)  # [T*N*A, n] -> [T, N, A, n]
+        x = self.mlp(x, flat_code)  # [T, N, A, n]
         if not self.discrete:
             dist = torch.cat([x, self.logstd.expand_as(x)], dim=-1)
             return dist, code, hidden
@@ -917,6 +954,16 @@ class Actor(nn.Module):
             x = x.masked_fill(~action_mask, -1e9)  # finite: 0 * log 0 must be 0 in entropy and KL
         parts = [part.log_softmax(dim=-1) for part in x.split(self.nvec or x.shape[-1], dim=-1)]
         return torch.cat(parts, dim=-1), code, hidden
+
+    def mlp(self, x: Tensor, flat_code: Tensor | None) -> Tensor:
+        """x [T, N, A, F], flat_code [T*N*A, P] or None -> [T, N, A, n]"""
+        lead = x.shape[:-1]
+        if self.shared:
+            x = generated_mlp(x.flatten(0, 2), self.layers, self.hyper, flat_code)  # [T*N*A, n]
+            return x.view(*lead, -1)
+        x = x.flatten(0, 1).transpose(0, 1)  # [T, N, A, F] -> [A, T*N, F]
+        x = generated_mlp(x, self.layers, None, None)
+        return x.transpose(0, 1).reshape(*lead, -1)  # [A, T*N, n] -> [T, N, A, n]
 
 
 def actor_inputs(batch: Batch) -> dict[str, Tensor | None]:
@@ -1699,6 +1746,11 @@ def refuse_useless_flags(args: Args) -> None:
         refuse(constant, "with --hyper-context agent-id, which never changes")
     if args.hyper_context == "local":
         refuse(["share_delta"], "with --hyper-context local: it needs all agents' contexts")
+    if not args.share_parameters and (generating_form(args) or args.actor_context):
+        raise UsageError(
+            "--no-share-parameters is the control with plain actors: give it --hyper none, "
+            "without --actor-context or --match-params"
+        )
 
 
 def generating_form(args: Args) -> str | None:

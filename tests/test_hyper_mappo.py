@@ -663,8 +663,10 @@ def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path):
     assert a != c
 
 
-@pytest.mark.parametrize("hyper", ["none", "delta"])
-def test_resume_gives_the_numbers_of_an_uninterrupted_run(tmp_path, hyper, monkeypatch):
+@pytest.mark.parametrize(
+    "form", [{"hyper": "none"}, {"hyper": "delta"}, {"hyper": "none", "share_parameters": False}], ids=str
+)
+def test_resume_gives_the_numbers_of_an_uninterrupted_run(tmp_path, form, monkeypatch):
     halfway = tmp_path / "halfway"
 
     def copy_third(checkpoint, path, save=hyper_mappo.save_checkpoint):
@@ -673,7 +675,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(tmp_path, hyper, monke
             shutil.copytree(path.parent, halfway)
 
     monkeypatch.setattr(hyper_mappo, "save_checkpoint", copy_third)
-    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, total_timesteps=6 * 32, save_every=3, hyper=hyper)
+    flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, total_timesteps=6 * 32, save_every=3, **form)
     whole = run(tmp_path, "whole", update_threads=2, **flags)
     assert cli(["--resume", str(halfway)]) == 0
     assert metrics(halfway) == metrics(whole)
@@ -1473,6 +1475,8 @@ def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
     other = run(tmp_path, "other", **STAG_HUNT)
     for flags, message in [
         (["--hyper", "full", "--hyper-rank", "2"], "--hyper-rank would do nothing with --hyper full"),
+        (["--no-share-parameters"], "give it --hyper none"),
+        (["--no-share-parameters", "--hyper", "none", "--match-params", "delta"], "without --actor-context"),
         (["--hyper", "low-rank", "--hyper-rank", "0"], "at least 1"),
         (["--hyper", "none", "--share-delta"], "--share-delta would do nothing"),
         (["--hyper", "none", "--context-size", "8"], "unless --actor-context"),
@@ -1494,6 +1498,98 @@ def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
         said = capsys.readouterr().err.splitlines(keepends=True)
         error = "".join(line for line in said if "has no best.pt" not in line)  # which is said of the other run
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+
+
+# --------------------------------------------------------------------------------------------- an actor for each agent
+
+OWN_ACTORS = {"hyper": "none", "share_parameters": False}
+
+
+def own_actor(actor, i, obs_shape, discrete=True):
+    """A shared actor that has agent i's weights: with them alone it must say the same."""
+    one = Actor({**spec(discrete), "obs_shape": obs_shape}, Args(**{**TINY, "hyper": "none"}))
+    weights = {}
+    for name, x in actor.state_dict().items():
+        if name.startswith("trunk."):
+            x = x.chunk(3)[i]
+        else:
+            x = x[i].squeeze(0) if name.endswith("bias") else x[i]
+        weights[name] = x
+    one.load_state_dict(weights)
+    return one
+
+
+@pytest.mark.parametrize("obs_shape", [[5], [20, 18, 3]], ids=["vector", "picture"])
+@pytest.mark.parametrize("discrete", [True, False])
+def test_actors_of_their_own_equal_as_many_separate_networks(discrete, obs_shape):
+    torch.manual_seed(0)
+    actor = Actor({**spec(discrete), "obs_shape": obs_shape}, Args(**{**TINY, **OWN_ACTORS}))
+    for p in actor.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    _, mask, active, starts = random_inputs()
+    obs = torch.randn(*active.shape, *obs_shape)
+    inputs = [mask if discrete else None, active, starts, torch.zeros(4, 3, 0)]
+    dist, _, _ = actor(obs, *inputs)
+    for i in range(3):
+        expected, _, _ = own_actor(actor, i, obs_shape, discrete)(obs, *inputs)
+        torch.testing.assert_close(dist[:, :, i], expected[:, :, i])
+        assert not torch.allclose(dist[:, :, i - 1], expected[:, :, i - 1])
+
+
+def test_actors_of_their_own_start_as_different_standard_actors():
+    torch.manual_seed(0)
+    picture = {**spec(), "obs_shape": [20, 18, 3]}
+    actor = Actor(picture, Args(**{**TINY, **OWN_ACTORS}))
+    gains = [2**0.5, 2**0.5, 0.01]
+    matrices = [(layer.weight, gain) for layer, gain in zip(actor.layers, gains, strict=True)]
+    convs = [layer for layer in actor.trunk.convs if isinstance(layer, torch.nn.Conv2d)]
+    matrices += [(conv.weight.unflatten(0, (3, -1)).flatten(2), 2**0.5) for conv in convs]
+    assert len(matrices) == 5
+    for weights, gain in matrices:
+        for weight in weights:  # orthogonal rows or columns: all singular values are the gain
+            singular = torch.linalg.svdvals(weight.detach())
+            torch.testing.assert_close(singular, torch.full_like(singular, gain), rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(weights[0], weights[1], atol=1e-4)
+
+
+def test_an_agents_samples_reach_its_own_weights_only():
+    torch.manual_seed(0)
+    args = Args(**{**TINY, **OWN_ACTORS})
+    actor, critic = Actor(spec(discrete=False), args), Critic(spec(discrete=False), args)
+    mb = random_minibatch(actor, args, discrete=False)
+    mb["learns"] = torch.zeros_like(mb["active"])
+    mb["learns"][..., 1] = mb["active"][..., 1]
+    loss, _ = ppo_loss(actor, critic, mb, args)
+    loss.backward()
+    for name, p in actor.named_parameters():
+        assert p.shape[0] == 3, name
+        assert (p.grad[[0, 2]] == 0).all() and p.grad[1].abs().sum() > 0, name
+
+
+def test_multiplications_of_actors_of_their_own_are_those_of_a_shared_one():
+    args = Args(**{**TINY, **OWN_ACTORS})
+    picture = {**spec(), "obs_shape": [20, 18, 3]}
+    for kind in (spec(), picture):
+        assert count_multiplications(kind, args) == count_multiplications(kind, replace(args, share_parameters=True))
+
+
+def test_actors_of_their_own_are_learnt_saved_evaluated_and_sit_as_partners(tmp_path, capsys):
+    first = run(tmp_path, "first", **STAG_HUNT, **OWN_ACTORS)
+    saved = load_checkpoint(first)["actor"]
+    assert all(x.shape[0] == 4 for x in saved.values())
+    assert not torch.equal(saved["layers.0.weight"][0], saved["layers.0.weight"][1])
+    assert cli(["--evaluate", str(first), "--eval-episodes", "2", "--num-env-procs", "0"]) == 0
+    assert json.loads((first / "eval.json").read_text())["episodes"] == 2
+
+    tiny = ["--num-envs", "8", "--num-steps", "8", "--num-minibatches", "2", "--eval-episodes", "0"]
+    flags = [*tiny, "--env-id", STAG_HUNT["env_id"], "--total-timesteps", "64", "--learning-rate", "0"]
+    flags += ["--init-from", str(first), "--partners", f"{first}:1", "--runs-dir"]
+    assert cli([*flags, str(tmp_path / "second")]) == 0
+    second = load_checkpoint(next((tmp_path / "second").iterdir()))["actor"]
+    assert all(torch.equal(x, second[name]) for name, x in saved.items())
+    capsys.readouterr()
+    assert cli([*flags, str(tmp_path / "third"), "--share-parameters"]) == 2
+    assert "--share-parameters True contradicts" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ runs repeated, forms added
