@@ -543,7 +543,8 @@ def _read_meta(path: Path) -> Meta:
     if not file.exists():
         partial = path.with_name(path.name + ".partial")
         found = "an unfinished collection" if partial.exists() else "none"
-        raise UsageError(f"expected a dataset in {path}, found {found}; make one with collect_data.py")
+        hint = "make one with collect_data.py, or give its place with --data"
+        raise UsageError(f"expected a dataset in {path}, found {found}; {hint}")
     meta = read_meta_file(file)
     if meta["num_steps"] < 1 or meta["num_episodes"] < 1:
         raise UsageError(f"{file}: expected {FORMAT} version {VERSION} with rows; collect the data again")

@@ -285,10 +285,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def run_keeping(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Decorator of a script's main: the folders that it keeps are released when it returns or raises."""
+    """Decorator of a script's main: when it returns or raises, its folders are released, and signals are as before."""
 
     @functools.wraps(main)
     def wrapped(args: Any) -> Any:
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         finished = False
         try:
             result = main(args)
@@ -296,6 +297,8 @@ def run_keeping(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
         finally:
             for kept in KEPT[:]:
                 kept.release(finished)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         return result
 
     return wrapped

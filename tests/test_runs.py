@@ -644,6 +644,19 @@ def test_a_stop_signal_listens_until_it_is_restored(capsys):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_main_that_breaks_down_gives_the_signals_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    @runs.run_keeping
+    def breaks(args):
+        runs.StopSignal()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        breaks(None)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 def test_json_is_written_whole(tmp_path):
     runs.write_json(tmp_path / "args.json", {"seed": 1})
     assert json.loads((tmp_path / "args.json").read_text()) == {"seed": 1}
