@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class Args:
     """how long all trials may take together"""
     scripts: tuple[str, ...] = ("collect_data", "pretrain_vae", "world_model", "hyper_mappo")
     """which scripts"""
+    kinds: tuple[Literal["operations", "random"], ...] = ("operations", "random")
+    """kills before every file operation, and at random moments while there is time left"""
     seed: int = 1
     """seed of the random moments"""
     keep: bool = False
@@ -254,6 +256,16 @@ def kill_at_random(bench: Bench, seed: int, until: float) -> Trials:
     return collect_trials("random moments", bench, in_time, "seconds")
 
 
+def kill_all_at_random(benches: list[Bench], seed: int, end: float) -> int:
+    """The time until `end` is shared between the scripts: -> how many trials were lost"""
+    left = end - time.perf_counter()
+    num_lost = 0
+    for i, bench in enumerate(benches, 1):
+        until = end - left * (len(benches) - i) / len(benches)
+        num_lost += show(bench.name, kill_at_random(bench, seed, until))
+    return num_lost
+
+
 def collect_trials(kind: str, bench: Bench, values: Any, argument: str) -> Trials:
     tried, num_killed, lost = 0, 0, []
     for value in values:
@@ -287,15 +299,14 @@ def main(args: Args) -> int:
         raise SystemExit((folder / "data.log").read_text())
     benches = [Bench(name, table[name], folder, args.keep) for name in args.scripts]
     end = time.perf_counter() + 60 * args.minutes
-    share = share_of_operations(benches, 0.7 * 60 * args.minutes)
     print("| script | killed at | trials | killed | survived | lost |\n|---|---|---|---|---|---|")
     num_lost = 0
-    for bench in benches:
-        num_lost += show(bench.name, kill_at_operations(bench, share, end))
-    left = end - time.perf_counter()
-    for i, bench in enumerate(benches, 1):
-        until = end - left * (len(benches) - i) / len(benches)
-        num_lost += show(bench.name, kill_at_random(bench, args.seed, until))
+    if "operations" in args.kinds:
+        share = share_of_operations(benches, 0.7 * 60 * args.minutes)
+        for bench in benches:
+            num_lost += show(bench.name, kill_at_operations(bench, share, end))
+    if "random" in args.kinds:
+        num_lost += kill_all_at_random(benches, args.seed, end)
     if not (num_lost and args.keep):
         shutil.rmtree(folder)
     return 1 if num_lost else 0
