@@ -1,17 +1,20 @@
-"""BenchMARL's MAPPO on genuine pursuit, for benchmark/train_speed.py: needs a virtual environment of its own.
+"""BenchMARL's MAPPO on genuine pursuit and on VMAS: needs a virtual environment of its own.
 
-Everything is BenchMARL's: its collector with one process for each env, its loss, its training loop, its csv log.
-Only pursuit is added (it comes without), as its documentation says new tasks are. The last line printed is JSON.
+Everything is BenchMARL's: its collector (of pursuit with one process for each env), its loss, its training loop, its
+csv log. Only pursuit is added (it comes without), as its documentation says new tasks are. The last line printed is
+JSON. benchmark/train_speed.py and benchmark/simulators.py call it.
 
     python -m venv benchmarl-venv
     benchmarl-venv/bin/pip install -r benchmark/requirements-benchmarl.txt
     benchmarl-venv/bin/python benchmark/benchmarl_mappo.py     # 2 cores, 2 minutes
+    benchmarl-venv/bin/python benchmark/benchmarl_mappo.py --task vmas:balance --num-envs 128 --num-steps 64
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,17 +29,21 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display needed
 import torch
 import tyro
 from benchmarl.algorithms import MappoConfig
+from benchmarl.environments import Task, VmasTask
 from benchmarl.environments.pettingzoo.common import PettingZooClass
 from benchmarl.experiment import Callback, Experiment, ExperimentConfig
 from benchmarl.models.mlp import MlpConfig
 from pettingzoo.sisl import pursuit_v5
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, PettingZooWrapper
 
 
 @dataclass
 class Args:
+    task: str = "pursuit"
+    """pursuit, or vmas:NAME with the arguments that BenchMARL gives that scenario"""
     num_envs: int = 8
-    """genuine envs, each in a process of its own"""
+    """envs: genuine ones of pursuit, each in a process of its own; a batch of VMAS"""
     num_steps: int = 512
     """env steps of each env per update"""
     update_epochs: int = 4
@@ -77,22 +84,41 @@ class Pursuit(PettingZooClass):
 
 
 class Clock(Callback):
-    """The time after each update. From one to the next lie rollout, update and logging."""
+    """Time and CPU time after each update (from one to the next lie rollout, update and logging), and what the
+    episodes that ended in its rollout were paid: the mean over agents and episodes, None where none ended."""
 
     def __init__(self) -> None:
         super().__init__()
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
+        self.returns: list[float | None] = []
+
+    def on_batch_collected(self, batch: TensorDictBase) -> None:
+        (group,) = self.experiment.group_map
+        over = batch["next", "done"].squeeze(-1)  # [N, T]
+        returns = batch["next", group, "episode_reward"][over]
+        self.returns.append(returns.mean().item() if len(returns) else None)
 
     def on_train_end(self, training_td: object, group: str) -> None:
         self.times.append(time.perf_counter())
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        self.cpu_times.append(used.ru_utime + used.ru_stime)
+
+
+def make_task(name: str) -> Task:
+    """Pursuit, or one of BenchMARL's own tasks on VMAS."""
+    if name == "pursuit":
+        return Pursuit("PURSUIT", {"max_cycles": 500})
+    scenario = name.removeprefix("vmas:")
+    return VmasTask[scenario.upper()].get_from_yaml()
 
 
 def train(args: Args) -> dict:
-    """-> env-steps per second over all updates but the first, and what was compared."""
+    """-> env-steps per second over all updates but the first, the returns, and what was compared."""
     batch_size = args.num_envs * args.num_steps
     config = ExperimentConfig.get_from_yaml()
     config.sampling_device, config.train_device, config.buffer_device = "cpu", args.device, args.device
-    config.parallel_collection, config.share_policy_params = True, True
+    config.parallel_collection, config.share_policy_params = args.task == "pursuit", True
     config.on_policy_n_envs_per_worker = args.num_envs
     config.on_policy_collected_frames_per_batch = batch_size
     config.on_policy_n_minibatch_iters = args.update_epochs
@@ -102,14 +128,15 @@ def train(args: Args) -> dict:
     config.evaluation, config.render, config.loggers, config.create_json = False, False, ["csv"], False
     algorithm = MappoConfig.get_from_yaml()
     algorithm.entropy_coef, algorithm.lmbda = 0.01, 0.95
-    # num_feature_dims: observations [7, 7, 3] and states [16, 16, 3] are flattened
     sizes = [args.hidden_size, args.hidden_size]
-    model = MlpConfig(num_cells=sizes, layer_class=torch.nn.Linear, activation_class=torch.nn.ReLU, num_feature_dims=3)
+    model = MlpConfig(num_cells=sizes, layer_class=torch.nn.Linear, activation_class=torch.nn.ReLU)
+    if args.task == "pursuit":
+        model.num_feature_dims = 3  # observations [7, 7, 3] and states [16, 16, 3] are flattened
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config.save_folder = folder
         experiment = Experiment(
-            task=Pursuit("PURSUIT", {"max_cycles": 500}),
+            task=make_task(args.task),
             algorithm_config=algorithm,
             model_config=model,
             seed=args.seed,
@@ -119,15 +146,18 @@ def train(args: Args) -> dict:
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
         experiment.run()
-    (group,) = experiment.losses  # all pursuers are one group
+    (group,) = experiment.losses  # all agents are one group
     loss = experiment.losses[group]
     networks = {"actor": loss.actor_network_params, "critic": loss.critic_network_params}
     counts = [f"{name} {sum(p.numel() for p in params.values(True, True)):,}" for name, params in networks.items()]
     versions = [f"{name} {version(name)}" for name in ("benchmarl", "torchrl", "torch", "pettingzoo")]
     status = Path("/proc/self/status")
     peak = 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else float("nan")
+    counted = batch_size * (len(clock.times) - 1)
     return {
-        "sps": batch_size * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]),
+        "sps": counted / (clock.times[-1] - clock.times[0]),
+        "steps_per_cpu_second": counted / (clock.cpu_times[-1] - clock.cpu_times[0]),  # of this process
+        "returns": clock.returns,  # of every rollout
         "weights": ", ".join([*counts, *versions]),
         "peak": peak,  # of this process, in bytes
         "threads": torch.get_num_threads(),

@@ -11,7 +11,6 @@ Shapes: N envs, A agents, n actions, O the longest observation (shorter ones end
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import inspect
 import io
@@ -23,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -36,7 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from envs import EnvStep, VecEnv
+from envs import EnvStep
+from envs.simulator import SimulatorVecEnv, check_arguments, did_you_mean
 from runs import UsageError
 
 
@@ -86,17 +85,12 @@ def check(name: str, env_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The full id of an env and its arguments. Raises UsageError for what cannot be used. Nothing is compiled."""
     if name not in NAMES:
         raise UsageError(_why_not(name))
-    valid = _argument_names(name)
-    for argument in env_kwargs:
-        if argument not in valid:
-            raise UsageError(f"jaxmarl:{name} has no argument {argument!r}, only {', '.join(valid)}")
+    check_arguments(f"jaxmarl:{name}", env_kwargs, _argument_names(name))
     _check_choice(name, env_kwargs, "scenario", smax_env.MAP_NAME_TO_SCENARIO)
     _check_choice(name, env_kwargs, "layout", overcooked_layouts)
-    max_steps = env_kwargs.get("max_steps", 1)
-    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-        raise UsageError(f"jaxmarl:{name}: expected max_steps >= 1, got {max_steps!r}: change it")
     try:
-        jax.eval_shape(_simulation(name, _frozen(env_kwargs)).reset, _keys(0, 1))
+        simulation = _simulation(name, _frozen(env_kwargs))
+        jax.eval_shape(simulation.reset, _keys(0, 1))
     except Exception as error:  # whatever an env raises about its arguments
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"jaxmarl:{name} cannot be made with {env_kwargs}: {reason}") from error
@@ -106,23 +100,26 @@ def check(name: str, env_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def _why_not(name: str) -> str:
     if name in jaxmarl.registered_envs:
         return f"jaxmarl:{name} was not checked with this adapter: choose one of {', '.join(NAMES)}"
-    matches = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
-    return f"unknown JaxMARL env {name!r}: {hint}expected one of {', '.join(NAMES)}"
+    return f"unknown JaxMARL env {name!r}: {did_you_mean(name, NAMES)}expected one of {', '.join(NAMES)}"
 
 
-def _check_choice(name: str, env_kwargs: dict[str, Any], argument: str, known: dict[str, Any]) -> None:
+def _check_choice(
+    name: str,
+    env_kwargs: dict[str, Any],
+    argument: str,
+    known: dict[str, Any],
+) -> None:
     value = env_kwargs.get(argument)
     if value is None or value in known:
         return
-    matches = difflib.get_close_matches(str(value), known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
+    hint = did_you_mean(str(value), known)
     raise UsageError(f"jaxmarl:{name}: unknown {argument} {value!r}: {hint}expected one of {', '.join(known)}")
 
 
 def _argument_names(name: str) -> list[str]:
     """Those that can be written as JSON and do not change what an action or observation is made of."""
-    classes, more = CLASSES.get(name, ((_mpe_class_name(name),), "max_steps"))
+    of_mpe = ((_mpe_class_name(name),), "max_steps")
+    classes, more = CLASSES.get(name, of_mpe)
     parameters = []
     for class_name in classes:
         env_class = getattr(environments, class_name)
@@ -161,13 +158,14 @@ class _Simulation:
         self.name = name
         self.env = _jax_env(name, env_kwargs)
         self.agents = list(self.env.agents)
-        sizes = [int(self.env.action_space(agent).n) for agent in self.agents]
-        self.action_sizes = sizes
+        spaces = [self.env.action_space(agent) for agent in self.agents]
+        self.action_sizes = [int(space.n) for space in spaces]
         self.reset = jax.jit(self._reset_all)
         self.step = jax.jit(self._step_all)
 
     def _reset_all(self, keys: Array) -> tuple[Any, Arrays]:
-        return jax.tree.map(_strong, jax.vmap(self._reset_one)(keys))
+        reset = jax.vmap(self._reset_one)
+        return jax.tree.map(_strong, reset(keys))
 
     def _reset_one(self, key: Array) -> tuple[Any, Arrays]:
         observations, state = self.env.reset(key)
@@ -181,46 +179,68 @@ class _Simulation:
         if obs.dtype != jnp.uint8:
             obs = obs.astype(jnp.float32)
         if self.name == SMAX:
-            masks = self.env.get_avail_actions(state)
-            mask = jnp.stack([masks[agent] for agent in self.agents]).astype(bool)  # [A, n]
-            return {"obs": obs, "state": observations["world_state"].astype(jnp.float32), "mask": mask}
+            legal = self.env.get_avail_actions(state)
+            mask = jnp.stack([legal[agent] for agent in self.agents])  # [A, n]
+            world = observations["world_state"].astype(jnp.float32)
+            return {"obs": obs, "state": world, "mask": mask.astype(bool)}
         joined = jnp.concatenate(list(obs), axis=-1)  # [*O[:-1], A * O[-1]]
         return {"obs": obs, "state": joined, "mask": None}
 
-    def _step_one(self, key: Array, state: Any, actions: Array) -> tuple[Any, Arrays]:
-        given = {agent: actions[i] for i, agent in enumerate(self.agents)}
-        observations, state, rewards, dones, _ = self.env.step_env(key, state, given)
-        seen = self._seen(observations, state)
+    def _step_one(
+        self,
+        key: Array,
+        state: Any,
+        actions: Array,
+    ) -> tuple[Any, Arrays]:
+        given = dict(zip(self.agents, actions, strict=True))
+        stepped = self.env.step_env(key, state, given)
+        observations, state, rewards, dones, _ = stepped
         paid = jnp.stack([rewards[agent] for agent in self.agents])
         terminated, success = self._decided(state)
         over = dones["__all__"] | terminated
-        flags = {"terminated": terminated, "truncated": over & ~terminated, "success": success}
-        return state, {**seen, **flags, "rewards": paid.astype(jnp.float32)}
+        return state, {
+            **self._seen(observations, state),
+            "rewards": paid.astype(jnp.float32),
+            "terminated": terminated,
+            "truncated": over & ~terminated,
+            "success": success,
+        }
 
-    def _decided(self, state: Any) -> tuple[Array, Array]:
+    def _decided(self, state: Any) -> tuple[Array, Array | None]:
         """(ended by the rules, won). JaxMARL's own flag includes the time limit, the only end outside SMAX."""
         if self.name != SMAX:
-            return jnp.array(False), jnp.array(False)
+            return jnp.array(False), None
         alive = state.state.unit_alive
         allies = alive[: len(self.agents)].any()
         enemies = alive[len(self.agents) :].any()
         return ~(allies & enemies), allies & ~enemies
 
-    def _step_all(self, keys: Array, states: Any, actions: Array) -> tuple[Array, Any, Arrays]:
+    def _step_all(
+        self,
+        keys: Array,
+        states: Any,
+        actions: Array,
+    ) -> tuple[Array, Any, Arrays]:
         """Steps all envs and begins new episodes where one ended: -> keys, states, what is seen"""
-        three = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # [N, 3, 2]
-        states, step = jax.vmap(self._step_one)(three[:, 1], states, actions)
+        split = jax.vmap(functools.partial(jax.random.split, num=3))
+        keys, step_keys, reset_keys = split(keys).swapaxes(0, 1)  # [N, 3, 2] -> [N, 2] each
+        step_envs = jax.vmap(self._step_one)
+        states, step = step_envs(step_keys, states, actions)
         over = step["terminated"] | step["truncated"]
         opens = {name: step[name] for name in ("obs", "state", "mask")}
 
         def begin_anew() -> tuple[Any, Arrays]:
-            new = jax.vmap(self._reset_one)(three[:, 2])
-            return jax.tree.map(functools.partial(_where_rows, over), new, (states, opens))
+            new = jax.vmap(self._reset_one)(reset_keys)
+            choose = functools.partial(_where_rows, over)
+            return jax.tree.map(choose, new, (states, opens))
 
-        next_states, next_opens = jax.lax.cond(over.any(), begin_anew, lambda: (states, opens))
+        def go_on() -> tuple[Any, Arrays]:
+            return states, opens
+
+        next_states, next_opens = jax.lax.cond(over.any(), begin_anew, go_on)
         final = {"final_obs": step["obs"], "final_state": step["state"]}
         next_states = jax.tree.map(_strong, next_states)
-        return three[:, 0], next_states, {**step, **final, **next_opens}
+        return keys, next_states, {**step, **final, **next_opens}
 
 
 def _strong(array: Array) -> Array:
@@ -231,12 +251,15 @@ def _strong(array: Array) -> Array:
 def _padded(array: Array, length: int) -> Array:
     """With zeros to a longer last axis"""
     missing = length - array.shape[-1]
-    return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, missing)])
+    widths = [(0, 0)] * array.ndim
+    widths[-1] = (0, missing)
+    return jnp.pad(array, widths)
 
 
 def _where_rows(over: Array, new: Array, old: Array) -> Array:
     """[N] chooses between rows of two [N, ...]"""
-    rows = jnp.expand_dims(over, tuple(range(1, old.ndim)))
+    other_axes = tuple(range(1, old.ndim))
+    rows = jnp.expand_dims(over, other_axes)
     return jnp.where(rows, new, old)
 
 
@@ -244,12 +267,14 @@ def _jax_env(name: str, env_kwargs: dict[str, Any]) -> Any:
     if name == SMAX:
         scenario = env_kwargs.get("scenario")
         units = None if scenario is None else smax_env.map_name_to_scenario(scenario)
-        return jaxmarl.make("HeuristicEnemySMAX", **{**env_kwargs, "scenario": units})
+        arguments = {**env_kwargs, "scenario": units}
+        return jaxmarl.make("HeuristicEnemySMAX", **arguments)
     if name == OVERCOOKED:
         layout = env_kwargs.get("layout", "cramped_room")
+        arguments = {**env_kwargs, "layout": overcooked_layouts[layout]}
         with warnings.catch_warnings():  # that there is a second version
             warnings.simplefilter("ignore", DeprecationWarning)
-            return jaxmarl.make(name, **{**env_kwargs, "layout": overcooked_layouts[layout]})
+            return jaxmarl.make(name, **arguments)
     return jaxmarl.make(name, **env_kwargs, action_type="Discrete")
 
 
@@ -287,18 +312,17 @@ def cache_folder() -> Path:
 
 def _keys(seed: int, num_envs: int) -> Array:
     """[N, 2] uint32, a key for each env"""
-    return jax.random.split(jax.random.PRNGKey(seed), num_envs)
+    key = jax.random.PRNGKey(seed)
+    return jax.random.split(key, num_envs)
 
 
 # ---------------------------------------------------------------- the env
-class JaxMarlVecEnv(VecEnv):
+class JaxMarlVecEnv(SimulatorVecEnv):
     """A JaxMARL env as N envs. Discrete actions only.
 
     Nobody leaves early: in SMAX dead allies stay, with one legal action, and share the team's reward until the battle
     is decided. There an illegal action is executed as stopping, and reported so.
     """
-
-    backend = "batched"
 
     def __init__(
         self,
@@ -313,46 +337,31 @@ class JaxMarlVecEnv(VecEnv):
         self.jax_device = _jax_device(self.device)
         self.simulation = _simulation(name, _frozen(env_kwargs))
         self.agents = self.simulation.agents
-        self.action_sizes = self.simulation.action_sizes
-        self.action_space = gym.spaces.Discrete(max(self.action_sizes))
+        self._set_choices(self.simulation.action_sizes)
         _, seen = jax.eval_shape(self.simulation.reset, _keys(seed, num_envs))
         self.obs_shape = seen["obs"].shape[2:]
         self.state_shape = seen["state"].shape[1:]
-        self.obs_dtype = torch.uint8 if seen["obs"].dtype == jnp.uint8 else torch.float32
-        self.state_dtype = torch.uint8 if seen["state"].dtype == jnp.uint8 else torch.float32
-        sizes = torch.tensor(self.action_sizes, device=self.device)
-        self.last_action = sizes - 1  # [A]
-        numbers = torch.arange(self.action_space.n, device=self.device)
-        legal = numbers < sizes[:, None]  # [A, n]
-        self.fixed_mask = None
-        if not legal.all():
-            self.fixed_mask = legal.repeat(num_envs, 1, 1)  # [N, A, n]
-        shape = (num_envs, self.num_agents)
-        self.active = torch.ones(shape, dtype=torch.bool, device=self.device)
+        self.obs_dtype = _torch_dtype(seen["obs"])
+        self.state_dtype = _torch_dtype(seen["state"])
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> EnvStep:
         """Starts N new episodes; the same seed gives the same ones. None goes on with the random numbers in use."""
         if seed is not None:
-            self.keys = jax.device_put(_keys(seed, self.num_envs), self.jax_device)
+            keys = _keys(seed, self.num_envs)
+            self.keys = jax.device_put(keys, self.jax_device)
         pairs = jax.vmap(jax.random.split)(self.keys)  # [N, 2, 2]
         self.keys = pairs[:, 0]
         self.states, seen = self.simulation.reset(pairs[:, 1])
         last = self._to_torch(seen)
-        nowhere = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        self.returns = torch.zeros(self.num_envs, self.num_agents, device=self.device)
-        self.lengths = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         self.last = {
             **last,
             "final_obs": last["obs"],
             "final_state": last["state"],
-            "rewards": self.returns,
-            "terminated": nowhere,
-            "truncated": nowhere,
-            "success": nowhere,
-            "episode_returns": self.returns,
-            "episode_lengths": self.lengths,
+            **self._begin(),
         }
+        if self.name == SMAX:
+            self.last["success"] = self.last["terminated"]  # nobody has won yet
         return self._env_step()
 
     def step(self, actions: Tensor) -> EnvStep:
@@ -367,29 +376,12 @@ class JaxMarlVecEnv(VecEnv):
         self.keys, self.states, seen = stepped
         last = self._to_torch(seen)
         over = last["terminated"] | last["truncated"]
-        last["episode_returns"] = self.returns + last["rewards"]
-        last["episode_lengths"] = self.lengths + 1
-        self.returns = last["episode_returns"].masked_fill(over[:, None], 0.0)
-        self.lengths = last["episode_lengths"].masked_fill(over, 0)
-        self.last = last
+        self.last = {**last, **self._count(last["rewards"], over)}
         return self._env_step(executed if self.name == SMAX else None)
 
     def _checked(self, actions: Tensor) -> Tensor:
         """Actions as they are executed: [N, A]"""
-        shape = (self.num_envs, self.num_agents)
-        if actions.shape != shape or actions.dtype != torch.int64:
-            raise ValueError(
-                f"expected actions {list(shape)} torch.int64, got {list(actions.shape)} {actions.dtype}: "
-                "reshape or convert"
-            )
-        actions = actions.to(self.device)
-        wrong = (actions < 0) | (actions > self.last_action)  # [N, A]
-        if wrong.any():
-            n, a = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"expected an action of {self.agents[a]} in 0 ... {self.action_sizes[a] - 1}, "
-                f"got {actions[n, a].item()} in env {n}: use action_mask"
-            )
+        actions = self._choices(actions)
         if self.name != SMAX:
             return actions
         legal = self.last["mask"].gather(2, actions[..., None])  # [N, A, 1]
@@ -401,62 +393,36 @@ class JaxMarlVecEnv(VecEnv):
         tensors = {}
         for name, array in arrays.items():
             if array is not None:
-                tensors[name] = torch.from_dlpack(array).to(self.device)
+                tensor = torch.from_dlpack(array)
+                tensors[name] = tensor.to(self.device)
         return tensors
-
-    def _env_step(self, executed_actions: Tensor | None = None) -> EnvStep:
-        last = self.last
-        return EnvStep(
-            obs=last["obs"],
-            state=last["state"],
-            action_mask=last.get("mask", self.fixed_mask),
-            active=self.active,
-            rewards=last["rewards"],
-            terminations=last["terminated"][:, None].repeat(1, self.num_agents),
-            truncations=last["truncated"],
-            episode_over=last["terminated"] | last["truncated"],
-            final_obs=last["final_obs"],
-            final_state=last["final_state"],
-            episode_returns=last["episode_returns"],
-            episode_lengths=last["episode_lengths"],
-            executed_actions=executed_actions,
-            success=last["success"] if self.name == SMAX else None,
-        )
 
     # --- saving
 
     def state_dict(self) -> dict[str, Any]:
         """JAX's arrays by where they are, what the last step returned, and the keys."""
-        arrays = jax.tree_util.tree_flatten_with_path((self.keys, self.states))[0]
-        return {
-            "env_id": self.env_id,
-            "num_envs": self.num_envs,
-            "arrays": {jax.tree_util.keystr(path): _saved(array) for path, array in arrays},
-            "last": {name: tensor.clone() for name, tensor in self.last.items()},
-            "returns": self.returns,
-            "lengths": self.lengths,
-        }
+        held = (self.keys, self.states)
+        saved = {}
+        for path, array in jax.tree_util.tree_leaves_with_path(held):
+            saved[jax.tree_util.keystr(path)] = _saved(array)
+        return {**self._saved_step(), "arrays": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> EnvStep:
         """Continues the episodes of another JaxMarlVecEnv of the same env, arguments and num_envs, else ValueError."""
-        for name in ("env_id", "num_envs"):
-            ours, theirs = getattr(self, name), state_dict[name]
-            if ours != theirs:
-                raise ValueError(f"expected a state with {name}={ours}, got {theirs}; make the env with that value")
-        arrays, tree = jax.tree_util.tree_flatten_with_path((self.keys, self.states))
+        self._check_saved(state_dict)
+        held = (self.keys, self.states)
+        arrays, tree = jax.tree_util.tree_flatten_with_path(held)
         saved = state_dict["arrays"]
         restored = []
         for path, array in arrays:
             name = jax.tree_util.keystr(path)
             if name not in saved or saved[name].shape != array.shape:
                 raise ValueError(f"expected a state saved with this env's arguments, got another {name}: use the same")
-            as_numpy = saved[name].cpu().numpy().astype(array.dtype)
+            as_numpy = saved[name].cpu().numpy()
+            as_numpy = as_numpy.astype(array.dtype)  # unsigned numbers are saved as int64
             restored.append(jax.device_put(as_numpy, self.jax_device))
         self.keys, self.states = jax.tree_util.tree_unflatten(tree, restored)
-        self.last = {name: tensor.to(self.device) for name, tensor in state_dict["last"].items()}
-        self.returns = state_dict["returns"].to(self.device)
-        self.lengths = state_dict["lengths"].to(self.device)
-        return self._env_step()
+        return self._restore_step(state_dict)
 
     # --- pictures
 
@@ -479,6 +445,10 @@ def _jax_device(device: torch.device) -> Any:
     return jax.devices("cpu")[0]
 
 
+def _torch_dtype(described: Any) -> torch.dtype:
+    return torch.uint8 if described.dtype == jnp.uint8 else torch.float32
+
+
 def _saved(array: Array) -> Tensor:
     """A copy in a type that torch saves and loads: unsigned ones become int64."""
     as_numpy = np.array(array)
@@ -495,7 +465,11 @@ def _canvas(width: float, height: float) -> tuple[Image.Image, float]:
     return Image.new("RGB", size, "white"), scale
 
 
-def _disc(x: float, y: float, radius: float) -> tuple[float, float, float, float]:
+def _disc(
+    x: float,
+    y: float,
+    radius: float,
+) -> tuple[float, float, float, float]:
     """The box around it"""
     return (x - radius, y - radius, x + radius, y + radius)
 
@@ -515,7 +489,8 @@ def _draw_battle(env: Any, state: Any) -> np.ndarray:
         colour = "royalblue" if i < env.num_allies else "firebrick"
         draw.ellipse(box, fill=colour)
         health = float(state.unit_health[i] / full_health[i])
-        draw.arc(box, -90, 360 * health - 90, fill="black", width=3)
+        end = 360 * health - 90
+        draw.arc(box, -90, end, fill="black", width=3)
         letter = env.unit_type_shorthands[state.unit_types[i]]
         draw.text((x, y), letter, fill="white", anchor="mm")
     return np.asarray(picture)
@@ -532,9 +507,10 @@ def _draw_particles(env: Any, state: Any) -> np.ndarray:
     for i in reversed(range(len(state.p_pos))):
         x, y = (state.p_pos[i] + reach) * scale
         y = picture.height - y
-        box = _disc(x, y, max(2.0, radii[i] * scale))
-        colour = np.asarray(env.colour[i]).tolist()
-        draw.ellipse(box, fill=tuple(colour[:3]), outline="black")
+        radius = max(2.0, radii[i] * scale)
+        box = _disc(x, y, radius)
+        colour = np.asarray(env.colour[i]).tolist()[:3]
+        draw.ellipse(box, fill=tuple(colour), outline="black")
     return np.asarray(picture)
 
 

@@ -11,7 +11,6 @@ Shapes: N envs, A agents, D action dimensions or n actions, O the longest observ
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import math
@@ -33,7 +32,8 @@ with contextlib.redirect_stderr(None):  # gym, which VMAS imports, says that it 
     import vmas
     from vmas.simulator.environment import Environment
 
-from envs import EnvStep, VecEnv
+from envs import EnvStep
+from envs.simulator import SimulatorVecEnv, check_arguments, did_you_mean
 from runs import UsageError
 
 # tests/test_vmas.py compares each of these with a copy whose envs are never reset.
@@ -68,16 +68,10 @@ def check(name: str, env_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The full id of a scenario and its arguments. Raises UsageError for what cannot be used."""
     if name not in SCENARIOS:
         raise UsageError(_why_not(name))
-    max_steps = env_kwargs.get("max_steps", DEFAULT_MAX_STEPS)
-    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-        raise UsageError(f"vmas:{name}: expected max_steps >= 1, got {max_steps!r}: change it")
+    check_arguments(f"vmas:{name}", env_kwargs, _argument_names(name))
     continuous = env_kwargs.get("continuous_actions", True)
     if not isinstance(continuous, bool):
         raise UsageError(f"vmas:{name}: expected continuous_actions true or false, got {continuous!r}: change it")
-    valid = _argument_names(name)
-    for argument in env_kwargs:
-        if argument not in valid:
-            raise UsageError(f"vmas:{name} has no argument {argument!r}, only {', '.join(valid)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # VMAS warns of arguments that it does not take
@@ -93,8 +87,7 @@ def _why_not(name: str) -> str:
         return f"vmas:{name} draws one goal for the whole batch, so single envs cannot begin anew: choose another"
     if name in (*vmas.scenarios, *vmas.debug_scenarios):
         return f"vmas:{name} was not checked for envs of the batch that begin anew singly: choose another"
-    matches = difflib.get_close_matches(name, SCENARIOS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
+    hint = did_you_mean(name, SCENARIOS, cutoff=0.5)
     return f"unknown VMAS scenario {name!r}: {hint}expected one of {', '.join(SCENARIOS)}"
 
 
@@ -123,7 +116,7 @@ def make(
 
 
 # ---------------------------------------------------------------- the env
-class VmasVecEnv(VecEnv):
+class VmasVecEnv(SimulatorVecEnv):
     """A VMAS scenario as N envs.
 
     max_steps           env steps until an episode is truncated
@@ -134,7 +127,6 @@ class VmasVecEnv(VecEnv):
     all agents of an env at once. Where agents differ, observations and actions are padded with zeros and masked out.
     """
 
-    backend = "batched"
     obs_dtype = state_dtype = torch.float32
 
     def __init__(
@@ -167,31 +159,21 @@ class VmasVecEnv(VecEnv):
         self.obs_size = max(space.shape[0] for space in self.env.observation_space)
         self.obs_shape = (self.obs_size,)
         self.state_shape = (self.num_agents * self.obs_size,)
-        self._make_action_space()
-        shape = (num_envs, self.num_agents)
-        self.active = torch.ones(shape, dtype=torch.bool, device=self.device)
+        if self.continuous:
+            self._set_forces()
+        else:
+            self._set_choices([int(space.n) for space in self.env.action_space])
         self.reset(seed)
 
-    def _make_action_space(self) -> None:
+    def _set_forces(self) -> None:
+        """Continuous actions: how many numbers each agent has, and their bounds."""
         spaces = self.env.action_space
-        if self.continuous:
-            self.action_sizes = [space.shape[0] for space in spaces]
-            bounds = np.zeros((2, self.num_agents, max(self.action_sizes)), dtype=np.float32)
-            for i, space in enumerate(spaces):
-                bounds[:, i, : self.action_sizes[i]] = space.low, space.high
-            self.action_space = gym.spaces.Box(bounds[0].min(0), bounds[1].max(0))
-            self.lowest, self.highest = torch.from_numpy(bounds).to(self.device)  # [A, D] each
-            self.action_mask = None
-            return
-        self.action_sizes = [int(space.n) for space in spaces]
-        num_actions = max(self.action_sizes)
-        self.action_space = gym.spaces.Discrete(num_actions)
-        sizes = torch.tensor(self.action_sizes)
-        legal = torch.arange(num_actions) < sizes[:, None]  # [A, n]
-        self.action_mask = None
-        if not legal.all():
-            self.action_mask = legal.to(self.device).repeat(self.num_envs, 1, 1)  # [N, A, n]
-        self.last_action = sizes.to(self.device) - 1  # [A]
+        self.action_sizes = [space.shape[0] for space in spaces]
+        bounds = np.zeros((2, self.num_agents, max(self.action_sizes)), dtype=np.float32)
+        for i, space in enumerate(spaces):
+            bounds[:, i, : self.action_sizes[i]] = space.low, space.high
+        self.action_space = gym.spaces.Box(bounds[0].min(0), bounds[1].max(0))
+        self.lowest, self.highest = torch.from_numpy(bounds).to(self.device)  # [A, D] each
 
     def reset(self, seed: int | None = None) -> EnvStep:
         """Starts N new episodes; the same seed gives the same ones. None goes on with the random numbers in use."""
@@ -200,19 +182,7 @@ class VmasVecEnv(VecEnv):
         with self._random_numbers():
             observations = self.env.reset()
         obs = self._padded(observations)
-        no_rewards = torch.zeros(self.num_envs, self.num_agents, device=self.device)
-        nowhere = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        self.returns = no_rewards
-        self.lengths = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        self.last = {
-            "obs": obs,
-            "final_obs": obs,
-            "rewards": no_rewards,
-            "terminated": nowhere,
-            "truncated": nowhere,
-            "episode_returns": no_rewards,
-            "episode_lengths": self.lengths,
-        }
+        self.last = {"obs": obs, "final_obs": obs, **self._begin()}
         return self._env_step()
 
     def step(self, actions: Tensor) -> EnvStep:
@@ -230,18 +200,13 @@ class VmasVecEnv(VecEnv):
                 obs = self._restart(over, final_obs)
         rewards = [reward.reshape(self.num_envs) for reward in rewards]  # some scenarios pay [N, 1]
         rewards = torch.stack(rewards, dim=1).float()  # [N, A]
-        episode_returns = self.returns + rewards
-        episode_lengths = self.lengths + 1
-        self.returns = episode_returns.masked_fill(over[:, None], 0.0)
-        self.lengths = episode_lengths.masked_fill(over, 0)
         self.last = {
             "obs": obs,
             "final_obs": final_obs,
             "rewards": rewards,
             "terminated": terminated,
             "truncated": truncated & ~terminated,
-            "episode_returns": episode_returns,
-            "episode_lengths": episode_lengths,
+            **self._count(rewards, over),
         }
         executed_actions = executed if self.continuous else None
         return self._env_step(executed_actions)
@@ -253,25 +218,12 @@ class VmasVecEnv(VecEnv):
 
     def _checked(self, actions: Tensor) -> Tensor:
         """Actions as VMAS can take them: [N, A, D] within the bounds, or [N, A, 1] numbers of actions"""
-        shape = (self.num_envs, self.num_agents, *self.action_space.shape)
-        dtype = torch.float32 if self.continuous else torch.int64
-        if actions.shape != shape or actions.dtype != dtype:
-            raise ValueError(
-                f"expected actions {list(shape)} {dtype}, got {list(actions.shape)} {actions.dtype}: reshape or convert"
-            )
-        actions = actions.to(self.device)
-        if self.continuous:
-            if not actions.isfinite().all():
-                raise ValueError("expected finite actions, got NaN or infinity: look at the policy's outputs")
-            return actions.clamp(self.lowest, self.highest)
-        wrong = (actions < 0) | (actions > self.last_action)  # [N, A]
-        if wrong.any():
-            n, a = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"expected an action of {self.agents[a]} in 0 ... {self.action_sizes[a] - 1}, "
-                f"got {actions[n, a].item()} in env {n}: use action_mask"
-            )
-        return actions[..., None]
+        if not self.continuous:
+            return self._choices(actions)[..., None]
+        actions = self._typed(actions, torch.float32)
+        if not actions.isfinite().all():
+            raise ValueError("expected finite actions, got NaN or infinity: look at the policy's outputs")
+        return actions.clamp(self.lowest, self.highest)
 
     def _padded(self, observations: list[Tensor]) -> Tensor:
         """One [N, size] for each agent -> [N, A, O]"""
@@ -279,25 +231,6 @@ class VmasVecEnv(VecEnv):
         for i, observation in enumerate(observations):
             obs[:, i, : observation.shape[1]] = observation
         return obs
-
-    def _env_step(self, executed_actions: Tensor | None = None) -> EnvStep:
-        last = self.last
-        terminations = last["terminated"][:, None].repeat(1, self.num_agents)
-        return EnvStep(
-            obs=last["obs"],
-            state=last["obs"].flatten(1),  # [N, A, O] -> [N, A * O]
-            action_mask=self.action_mask,
-            active=self.active,
-            rewards=last["rewards"],
-            terminations=terminations,
-            truncations=last["truncated"],
-            episode_over=last["terminated"] | last["truncated"],
-            final_obs=last["final_obs"],
-            final_state=last["final_obs"].flatten(1),
-            episode_returns=last["episode_returns"],
-            episode_lengths=last["episode_lengths"],
-            executed_actions=executed_actions,
-        )
 
     # --- single envs begin anew
 
@@ -364,33 +297,20 @@ class VmasVecEnv(VecEnv):
         }
         if "cuda" in self.random_state:
             saved_random["cuda"] = self.random_state["cuda"]
-        return {
-            "env_id": self.env_id,
-            "num_envs": self.num_envs,
-            "tensors": {path: tensor.clone() for path, tensor in self._tensors().items()},
-            "last": dict(self.last),
-            "returns": self.returns,
-            "lengths": self.lengths,
-            "random_state": saved_random,
-        }
+        tensors = {path: tensor.clone() for path, tensor in self._tensors().items()}
+        return {**self._saved_step(), "tensors": tensors, "random_state": saved_random}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> EnvStep:
         """Continues the episodes of another VmasVecEnv of the same scenario, arguments and num_envs, else ValueError.
 
         Random numbers continue as well, unless the state comes from another type of device.
         """
-        for name in ("env_id", "num_envs"):
-            ours, theirs = getattr(self, name), state_dict[name]
-            if ours != theirs:
-                raise ValueError(f"expected a state with {name}={ours}, got {theirs}; make the env with that value")
-        shape = (self.num_envs, *self.active.shape[1:], *self.action_space.shape)
+        self._check_saved(state_dict)
+        shape = (self.num_envs, self.num_agents, *self.action_space.shape)
         nothing = torch.zeros(shape, dtype=torch.float32 if self.continuous else torch.int64, device=self.device)
         self.step(nothing)
         saved = {path: tensor.to(self.device, copy=True) for path, tensor in state_dict["tensors"].items()}
         self._put_back(saved)
-        self.last = {name: tensor.to(self.device) for name, tensor in state_dict["last"].items()}
-        self.returns = state_dict["returns"].to(self.device)
-        self.lengths = state_dict["lengths"].to(self.device)
         random_state = state_dict["random_state"]
         if ("cuda" in random_state) == (self.device.type == "cuda"):
             keys, position, has_gauss, cached = random_state["numpy"]
@@ -403,7 +323,7 @@ class VmasVecEnv(VecEnv):
             }
             if "cuda" in random_state:
                 self.random_state["cuda"] = random_state["cuda"].cpu()
-        return self._env_step()
+        return self._restore_step(state_dict)
 
     def _put_back(self, saved: dict[str, Tensor]) -> None:
         """Some places are made by the first step only: it has been taken."""
