@@ -49,9 +49,10 @@ from hyper_mappo import Policy, load_critic, make_policy
 from opponent_samples import Samples, relative_cells
 from pretrain_vae import VAE, load_vae
 from runs import StopSignal, UsageError, get_device, restore_args, write_json
-from world_model import CellLists, Simulator, WorldModel, load_world_model
+from world_model import CellLister, CellLists, Simulator, WorldModel, load_world_model
 
 TRUE = "true"  # what --opponents is given for the real scripts
+SAME_RETURN = 1e-3  # returns of so small a relative difference are the same: a learned world is no more exact
 CENTRE_SEQUENCES = 4096  # training sequences whose z are clustered
 
 
@@ -92,6 +93,9 @@ class Args:
     """steps that are imagined at most (H)"""
     samples: int = 8
     """futures of each pair of first action and base policy (K); mcts: trees per decision"""
+    caution: float = 1.0
+    """standard errors of the K futures by which a first action must be better than the best base policy's own (rollout)
+    """
     simulations: int = 32
     """futures that build one tree (mcts)"""
     exploration: float = 1.25
@@ -121,7 +125,7 @@ class Args:
 # What numbers must be.
 LIMITS = {
     "at least 1": (lambda x: x >= 1, "horizon samples simulations episodes num_envs num_threads episode_limit"),
-    "at least 0": (lambda x: x >= 0, "subgoals exploration seat"),
+    "at least 0": (lambda x: x >= 0, "subgoals exploration seat caution"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma"),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
 }
@@ -148,6 +152,7 @@ class Eyes:
             others = torch.arange(num_agents, len(spec.names)).expand(num_agents, -1)
             self.planes = torch.cat([ego_order(num_agents), others], 1)  # [A, P], row j: my planes as j counts them
         self.turned: Tensor | None = None
+        self.lister: CellLister | None = None
 
     def everyone(self, views: Tensor) -> Tensor:
         """views [B, V, *O] -> [B, A, *O]"""
@@ -168,6 +173,12 @@ class Eyes:
             turned = F.pad(turned, (0, 1), value=size)
             self.turned = turned.int().contiguous().to(views.device)
         return self.turned
+
+    def list_cells(self, own: Tensor) -> CellLists:
+        """Views [B, *O] of the whole map as lists."""
+        if self.lister is None:
+            self.lister = CellLister(own.shape[1:], self.num_agents, own.device)
+        return self.lister(own)
 
     def present(self, own: Tensor) -> Tensor:
         """Who is still there, in a view of the whole map: [B, *O] -> [B, A] bool"""
@@ -194,11 +205,13 @@ def by_seat(x: Tensor, seats: Tensor) -> Tensor:
 class Seen:
     """What there is to see in B positions, in the forms in which it is asked for; each is made when first needed."""
 
-    def __init__(self, views: Tensor, eyes: Eyes, simulator: Simulator | None):
+    def __init__(self, views: Tensor, eyes: Eyes):
         self.views, self.eyes = views, eyes  # [B, V, *O]
-        self.lists: CellLists | None = None  # of the own view, where the world model reads such
-        if simulator is not None:
-            self.lists = simulator.list_cells(views[:, 0])
+
+    @functools.cached_property
+    def lists(self) -> CellLists:
+        """Of the own view of a whole map of 0/1 planes."""
+        return self.eyes.list_cells(self.views[:, 0])
 
     @functools.cached_property
     def everyone(self) -> Tensor:
@@ -254,7 +267,7 @@ class LearnedWorld:
 
     def look(self, views: Tensor) -> Seen:
         """views [B, V, *O]"""
-        return Seen(views, self.eyes, self.simulator)
+        return Seen(views, self.eyes)
 
     def masks(self, seen: Seen, active: Tensor) -> Tensor:
         """Legal actions of those who are active [B, A]: [B, A, n] bool"""
@@ -344,7 +357,7 @@ class TrueWorld:
 
     def look(self, views: Tensor) -> Seen:
         """views [B, 1, H, W, P]"""
-        return Seen(views, self.eyes, None)
+        return Seen(views, self.eyes)
 
     def masks(self, seen: Seen, active: Tensor) -> Tensor:
         """As LearnedWorld.masks."""
@@ -868,8 +881,44 @@ class Planner:
             return draw(logits, gumbel(logits.shape, logits.device))
         if self.args.method == "mcts":
             return self.search(root)
-        values = self.first_action_values(root)  # [R, n, bases]
-        return values.amax(2).argmax(1)
+        returns = self.first_action_returns(root)  # [R, n, bases, K]
+        return self.improve(returns, root)
+
+    def improve(self, returns: Tensor, root: Root) -> Tensor:
+        """The action of the best base policy, unless futures say that another pair is better. -> [R]
+
+        returns [R, n, bases, K]. Actions that lead to the same are common: whoever waits for partners is no worse off
+        a step later, as far as the imagined futures go. Were the first of them taken, it could wait for ever.
+        """
+        R, n, num_bases, K = returns.shape
+        each = torch.arange(R, device=returns.device)
+        probs = self.base_probs(root)[:, :num_bases]  # [R, bases, n]
+        legal = root.masks[..., None, None]  # [R, n, 1, 1]
+        own_weights = probs.mT[..., None]  # [R, n, bases, 1]
+        kept = (returns.masked_fill(~legal, 0.0) * own_weights).sum(1)  # [R, bases, K]
+        base = kept.mean(2).argmax(1)
+        gain = returns - kept[each, base][:, None, None]  # [R, n, bases, K]
+        doubt = gain.std(3, correction=0) / math.sqrt(K)
+        caution = self.args.caution if self.args.method == "rollout" else 0.0
+        sure = gain.mean(3) - caution * doubt  # [R, n, bases]
+        sure = sure.masked_fill(~legal[..., 0], -torch.inf)
+        surest, pair = sure.flatten(1).max(1)
+        same = SAME_RETURN * kept.abs().amax((1, 2))
+        own = draw(probs[each, base].log(), gumbel((R, n), probs.device))
+        return torch.where(surest > same, pair // num_bases, own)
+
+    def base_probs(self, root: Root) -> Tensor:
+        """What each base policy would do now. [R, bases, n]"""
+        R, n = root.masks.shape
+        each = torch.arange(R, device=root.masks.device).repeat_interleave(self.num_bases)
+        future = self.begin(root, base=0).take(each)
+        base = torch.arange(self.num_bases, device=each.device).repeat(R)
+        future = future._replace(base=base)
+        seen = self.world.look(future.views)
+        masks = self.world.masks(seen, future.active)
+        masks[:, 0] = root.masks[each]
+        logits = self.own_logits(seen, masks, future, root)
+        return logits.softmax(1).view(R, self.num_bases, n)
 
     def begin(self, root: Root, base: int) -> Future:
         """One future of each root."""
@@ -882,11 +931,11 @@ class Planner:
             base=torch.full_like(each, base),
             noise=each,
             out=each,
-            memory=root.policy_memory,
+            memory=None if root.policy_memory is None else root.policy_memory.clone(),
         )
 
-    def first_action_values(self, root: Root) -> Tensor:
-        """Mean return of K futures of each legal first action and base policy. -> [R, n, bases], -inf if illegal"""
+    def first_action_returns(self, root: Root) -> Tensor:
+        """What K futures of each legal first action and base policy return. -> [R, n, bases, K], -inf if illegal"""
         R, n = root.masks.shape
         num_bases = 1 if self.args.method == "one-step" else self.num_bases
         K = self.args.samples
@@ -903,13 +952,13 @@ class Planner:
             root=which,
             base=base,
             noise=which * K + within % K,
-            out=(which * n + first[pair]) * num_bases + base,
+            out=((which * n + first[pair]) * num_bases + base) * K + within % K,
             memory=None if root.policy_memory is None else root.policy_memory[which],
         )
         horizon = 1 if self.args.method == "one-step" else self.args.horizon
-        returns = self.play(future, root, first[pair], horizon, R * K, R * n * num_bases)
-        values = (returns / K).view(R, n, num_bases)
-        return values.masked_fill(~root.masks[..., None], -torch.inf)
+        returns = self.play(future, root, first[pair], horizon, R * K, R * n * num_bases * K)
+        returns = returns.view(R, n, num_bases, K)
+        return returns.masked_fill(~root.masks[..., None, None], -torch.inf)
 
     def play(
         self,

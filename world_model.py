@@ -534,6 +534,39 @@ class CellLists(NamedTuple):
     present: Tensor  # [B, A] bool
 
 
+class CellLister:
+    """Makes such lists of views whose first planes are the agents'."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_agents: int, device: torch.device):
+        """obs_shape: height, width, planes"""
+        height, width, num_planes = obs_shape
+        num_cells = height * width
+        self.num_numbers = num_cells * num_planes  # F
+        self.num_agents = num_agents
+        # view [B, F] @ places: the place of each agent, and whether it is there
+        places = torch.zeros(num_cells, num_planes, 2, num_agents, device=device)
+        agents = torch.arange(num_agents)
+        cells = torch.arange(num_cells, dtype=torch.float32, device=device)
+        places[:, agents, 0, agents] = cells[:, None]
+        places[:, agents, 1, agents] = 1.0
+        self.places = places.view(self.num_numbers, 2 * num_agents)
+
+    def __call__(self, obs: Tensor) -> CellLists:
+        """obs [B, *O] -> what is set in it, and who is where."""
+        flat = obs.flatten(1)  # [B, F]
+        A = self.num_agents
+        found = flat.float() @ self.places  # [B, 2 * A]
+        places, present = found[:, :A].long(), found[:, A:] > 0
+        rows, numbers = flat.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(flat))
+        most = int(counts.max()) if len(rows) else 1
+        first = counts.cumsum(0) - counts
+        position = torch.arange(len(rows), device=rows.device) - first[rows]
+        cells = torch.full((len(flat), most), self.num_numbers, dtype=torch.int32, device=rows.device)
+        cells[rows, position] = numbers.int()
+        return CellLists(cells, places, present)
+
+
 class Simulator:
     """WorldModel.step and .legal of a trained model of 0/1 planes that show the whole map, many times as fast.
 
@@ -551,8 +584,8 @@ class Simulator:
         self.num_planes = model.obs_shape[-1]  # P
         self.num_agents, self.num_actions = model.num_agents, model.action_dim
         self.num_numbers = self.num_cells * self.num_planes  # F
+        self.list_cells = CellLister(model.obs_shape, self.num_agents, model.reward_bins.device)
         with torch.no_grad():
-            self.make_place_table()
             self.make_view_tables()
             self.make_action_tables()
             self.fold_layers()
@@ -570,17 +603,6 @@ class Simulator:
         return all_agents_shown and known_layers and zero_one and small and whole_map
 
     # -- tables
-
-    def make_place_table(self) -> None:
-        """view [B, F] @ places: the place of each agent, and whether it is there. [F, 2 * A]"""
-        A, P = self.num_agents, self.num_planes
-        device = self.model.reward_bins.device
-        places = torch.zeros(self.num_cells, P, 2, A, device=device)
-        agents = torch.arange(A)
-        cells = torch.arange(self.num_cells, dtype=torch.float32, device=device)
-        places[:, agents, 0, agents] = cells[:, None]
-        places[:, agents, 1, agents] = 1.0
-        self.places = places.view(self.num_numbers, 2 * A)
 
     def make_view_tables(self) -> None:
         """What each set cell of the view adds to the encoder's first layer and to the direct path."""
@@ -638,21 +660,6 @@ class Simulator:
     # -- views
 
     @torch.no_grad()
-    def list_cells(self, obs: Tensor) -> CellLists:
-        """obs [B, *O] -> what is set in it, and who is where."""
-        flat = obs.flatten(1)  # [B, F]
-        A = self.num_agents
-        found = flat.float() @ self.places  # [B, 2 * A]
-        places, present = found[:, :A].long(), found[:, A:] > 0
-        rows, numbers = flat.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=len(flat))
-        most = int(counts.max()) if len(rows) else 1
-        first = counts.cumsum(0) - counts
-        position = torch.arange(len(rows), device=rows.device) - first[rows]
-        cells = torch.full((len(flat), most), self.num_numbers, dtype=torch.int32, device=rows.device)
-        cells[rows, position] = numbers.int()
-        return CellLists(cells, places, present)
-
     def legal(self, obs: Tensor) -> Tensor:
         """As WorldModel.legal."""
         lists = self.list_cells(obs)

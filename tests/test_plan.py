@@ -276,9 +276,55 @@ def shuffle(planner):
 
 @pytest.mark.parametrize("spoil", [lag, shuffle])
 def test_a_world_model_that_is_late_or_mixes_up_seats_misses_it(spoil):
-    args = true_args(episode_limit=2)
+    args = true_args(episode_limit=2, scripts=("nearest_hare", "nearest_stag"))
     found = [first_action(args, mirrored, spoil) for mirrored in (False, True)]
     assert found != [RIGHT, LEFT]
+
+
+def test_of_equal_actions_the_base_policys_own_is_taken():
+    """The partner needs so long to the stag that a step away from it costs nothing."""
+    env = StagHuntVecEnv(1, "cpu", 0, height=1, width=6, num_players=2, num_stags=1, num_hares=0, max_cycles=20)
+    step = env.set_positions(torch.tensor([[1, 5, 2]]))
+    planner = make_planner(true_args(partners=("nearest_stag:1",), horizon=10), env)
+    _, memory = planner.act(step, planner.initial_state(1))
+    values = planner.first_action_returns(planner.root(step, memory, 0, torch.tensor([0])))[0].amax((1, 2))
+    assert values[LEFT] == values[RIGHT] > 0
+    actions, _ = planner.act(step, planner.initial_state(1))
+    assert int(actions[0, 0]) == RIGHT
+
+
+def test_who_waits_for_partners_waits_at_the_stag():
+    """Random partners may come at any time, so that a step later seems as good as now, at every step anew."""
+    env = make_env(32, num_hares=0)
+    args = true_args(partners=("random:3",), samples=3, horizon=20, scripts=("nearest_stag",))
+    planner = make_planner(args, env)
+    partners = plan.seat_partners(args, env)
+    torch.manual_seed(0)
+    step, memory = env.reset(4), planner.initial_state(32)
+    step.episode_over[:] = True
+    there = torch.zeros(32, dtype=torch.bool)
+    for _ in range(10):
+        on_stag = (step.state[..., 0] * step.state[..., -2]).flatten(1) > 0
+        there |= on_stag.any(1)
+        actions, memory = planner.act(step, memory)
+        actions = partners.play(step, actions)
+        memory = planner.remember(step, actions, memory)
+        step = env.step(actions)
+    assert there.float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("world", "opponents"), [("true", "learned"), ("learned", "true")])
+def test_learned_and_true_go_together(folders, world, opponents):
+    args = make_args(folders, world=world, episode_limit=35)
+    if opponents == "true":
+        args = replace(args, opponents="true")
+    env = make_env(16)
+    planner = make_planner(args, env)
+    step, memory = env.reset(1), planner.initial_state(16)
+    actions, memory = planner.act(step, memory)
+    assert step.action_mask[:, 0].gather(1, actions[:, :1]).all()
+    returns = planner.first_action_returns(planner.root(step, memory, 0, torch.arange(16)))
+    assert returns[step.action_mask[:, 0]].isfinite().all()
 
 
 def test_one_step_looks_one_step_ahead_and_then_asks_for_values():
@@ -301,7 +347,8 @@ def test_rewards_are_discounted_and_averaged_by_hand():
     args = true_args(gamma=0.5, scripts=("nearest_hare", "stay"), partners=("stay:1",), samples=3)
     planner = make_planner(args, env)
     _, memory = planner.act(step, planner.initial_state(1))
-    values = planner.first_action_values(planner.root(step, memory, 0, torch.tensor([0])))[0]  # [7, 2]
+    returns = planner.first_action_returns(planner.root(step, memory, 0, torch.tensor([0])))[0]  # [7, 2, K]
+    values = returns.mean(2)
     assert values[LEFT].tolist() == [0.5, 0.0] and values[STAY].tolist() == [0.25, 0.0]
     assert values[RIGHT].tolist() == [0.25, 0.0]  # the other hare is nearer from there
     assert values[HUNT_HARE].tolist() == [-torch.inf, -torch.inf]
