@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,19 +29,19 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
 import hyper_mappo
 from benchmark import cleanrl_style
 from envs import make_vec_env
-from runs import flag, read_metrics
+from runs import UsageError, command_line, flag, read_metrics
 
 FORMS = ("none", *hyper_mappo.FORMS)
 GENUINE = ("benchmarl", "cleanrl-style", "none-genuine")
 CONTROL = ("actor-context",)  # --hyper none --actor-context
 SHARED = ("update_epochs", "num_minibatches", "hidden_size", "seed")  # fields of all three programs
 SIDES = (*GENUINE, *FORMS, *CONTROL)
+Results = dict[str, list[dict]]  # of every side, a measurement per round
 
 
 @dataclass
@@ -80,14 +81,18 @@ def peak_memory() -> float:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return float(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")  # (getrusage would inherit the parent's peak)
-    return 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else math.nan
+    if not status.exists():
+        return math.nan
+    kilobytes = re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]
+    return 1024.0 * int(kilobytes)
 
 
 def train(side: str, fields: dict) -> dict:
     """One measurement, in a process of its own: env-steps per second, weights, peak memory."""
     if side == "cleanrl-style":
         return cleanrl_style.train(cleanrl_style.Args(**fields)) | {"peak": peak_memory()}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
         run_dir = hyper_mappo.main(hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0))
         last_row = read_metrics(run_dir)[-1]
     sps = float(last_row["charts/SPS"])  # over the last (up to 10) updates, not the first
@@ -110,11 +115,16 @@ def train_benchmarl(python: Path | None, fields: dict) -> dict:
 
 
 def our_fields(side: str, args: Args, num_envs: int, num_steps: int, updates: int) -> dict:
+    """The hyper_mappo.Args of one of our sides."""
     fields = {name: getattr(args, name) for name in SHARED}
-    fields |= {"env_id": "pursuit", "backend": "pettingzoo" if side in GENUINE else "batched"}
-    fields |= {"num_envs": num_envs, "num_steps": num_steps, "total_timesteps": updates * num_envs * num_steps}
-    fields |= {"actor_context": True} if side == "actor-context" else {}
-    return fields | {"hyper": side if side in FORMS else "none"} | json.loads(args.ours)
+    fields["env_id"] = "pursuit"
+    fields["backend"] = "pettingzoo" if side in GENUINE else "batched"
+    fields["num_envs"] = num_envs
+    fields["num_steps"] = num_steps
+    fields["total_timesteps"] = updates * num_envs * num_steps
+    fields["hyper"] = side if side in FORMS else "none"
+    fields["actor_context"] = side == "actor-context"
+    return fields | json.loads(args.ours)
 
 
 def measure(side: str, args: Args) -> dict:
@@ -138,51 +148,73 @@ def multiplications(side: str, args: Args) -> float:
     return hyper_mappo.count_multiplications(spec, hyper_mappo.Args(**our_fields(side, args, 1, 1, 1)))
 
 
-def print_table(results: dict[str, list[dict]], args: Args) -> None:
-    def ratio(above: str, below: str) -> float:
-        """Median over rounds of the ratio of speeds within a round."""
-        runs = zip(results.get(above, []), results.get(below, []), strict=False)
-        return statistics.median([a["sps"] / b["sps"] for a, b in runs] or [math.nan])
+def speed_ratio(results: Results, above: str, below: str) -> float:
+    """Median over rounds of the ratio of speeds within a round; nan: one of the sides was not measured."""
+    ratios = []
+    for fast, slow in zip(results.get(above, []), results.get(below, []), strict=False):
+        ratios.append(fast["sps"] / slow["sps"])
+    return statistics.median(ratios) if ratios else math.nan
 
+
+def print_table(results: Results, args: Args) -> None:
     print(f"\nmedians of {args.rounds} rounds; time, counted multiplications: beside `none`; memory: no env processes")
-    titles = "x BenchMARL", "x CleanRL-style", "time", "counted", "time/counted", "peak MB", "weights"
-    print(f"{'':15}{'env-steps/s':>12}{'':22}" + "".join(f"{title:>{len(title) + 2}}" for title in titles))
+    titles = ("x BenchMARL", "x CleanRL-style", "time", "counted", "time/counted", "peak MB", "weights")
+    head = "".join(f"{title:>{len(title) + 2}}" for title in titles)
+    print(f"{'':15}{'env-steps/s':>12}{'':22}{head}")
+    counted_of_none = multiplications("none", args)
     for side, runs in results.items():
+        time = speed_ratio(results, "none", side)
+        counted = multiplications(side, args) / counted_of_none
+        ratios = (
+            speed_ratio(results, side, "benchmarl"),
+            speed_ratio(results, side, "cleanrl-style"),
+            time,
+            counted,
+            time / counted,
+        )
+        texts = ["-" if math.isnan(x) else f"{x:,.2f}" for x in ratios]
+        texts.append(f"{max(run['peak'] for run in runs) / 1e6:,.0f}")
+        cells = ""
+        for text, title in zip(texts, titles, strict=False):  # (weights stand at the end)
+            cells += f"{text:>{len(title) + 2}}"
         speeds = sorted(run["sps"] for run in runs)
         spread = f" ({speeds[0]:,.0f} ... {speeds[-1]:,.0f})"
-        time, counted = ratio("none", side), multiplications(side, args) / multiplications("none", args)
-        cells = [ratio(side, "benchmarl"), ratio(side, "cleanrl-style"), time, counted, time / counted]
-        texts = ["-" if math.isnan(x) else f"{x:,.2f}" for x in cells]
-        texts.append(f"{max(run['peak'] for run in runs) / 1e6:,.0f}")
-        line = "".join(f"{text:>{len(title) + 2}}" for text, title in zip(texts, titles, strict=False))
-        print(f"{side:15}{statistics.median(speeds):12,.0f}{spread:22}{line}  {runs[0]['weights']}")
+        print(f"{side:15}{statistics.median(speeds):12,.0f}{spread:22}{cells}  {runs[0]['weights']}")
 
 
 def check_memory(side: str, args: Args) -> None:
     """Peak memory at several sizes, and the straight line through it: base + bytes x num_envs x num_steps."""
-    runs = [in_new_process(side, our_fields(side, args, n, t, updates=2)) for n, t in args.memory_sizes]
-    peaks, samples = [run["peak"] for run in runs], [n * t for n, t in args.memory_sizes]
+    peaks, samples = [], []
+    for num_envs, num_steps in args.memory_sizes:
+        fields = our_fields(side, args, num_envs, num_steps, updates=2)
+        peaks.append(in_new_process(side, fields)["peak"])
+        samples.append(num_envs * num_steps)
     slope, base = statistics.linear_regression(samples, peaks)
-    line = [base + slope * x for x in samples]
     print(f"\npeak memory of {side} at num_envs x num_steps, MB: measured, on a straight line")
-    for (n, t), peak, fitted in zip(args.memory_sizes, peaks, line, strict=True):
-        print(f"{n:8d} x {t:<5d}{peak / 1e6:10,.0f}{fitted / 1e6:10,.0f}")
+    error = 0.0
+    for (num_envs, num_steps), peak, x in zip(args.memory_sizes, peaks, samples, strict=True):
+        fitted = base + slope * x
+        error = max(error, abs(peak - fitted))
+        print(f"{num_envs:8d} x {num_steps:<5d}{peak / 1e6:10,.0f}{fitted / 1e6:10,.0f}")
     print(f"{base / 1e6:,.0f} MB + {slope:,.0f} bytes per env step of the rollout ({slope / 8:,.0f} per agent sample);")
-    error = max(abs(peak - fitted) for peak, fitted in zip(peaks, line, strict=True))
     print(f"largest distance from the line: {error / (max(peaks) - min(peaks)):.1%} of the growth")
 
 
+def check_args(args: Args) -> None:
+    unknown = [side for side in args.sides if side not in SIDES]
+    if unknown:
+        raise UsageError(f"unknown side {', '.join(unknown)}: choose from {', '.join(SIDES)}")
+    if min(args.updates, args.peer_updates) < 2:
+        raise UsageError("--updates and --peer-updates must be at least 2: the first update is not counted")
+
+
 def main(args: Args) -> None:
-    unknown = ", ".join(side for side in args.sides if side not in SIDES)
-    if unknown or min(args.updates, args.peer_updates) < 2:
-        what = f"unknown side {unknown}: choose from {', '.join(SIDES)}" if unknown else "give at least 2 updates"
-        print(f"error: {what}", file=sys.stderr)
-        sys.exit(2)
+    check_args(args)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}, seed {args.seed}")
     print(f"rollout  {args.num_envs} x {args.num_steps} env steps, as many on {args.peer_envs} genuine envs")
     print(f"update   {args.update_epochs} epochs x {args.num_minibatches} minibatches; MLPs 2 x {args.hidden_size}")
-    results: dict[str, list[dict]] = {side: [] for side in args.sides}
+    results: Results = {side: [] for side in args.sides}
     if args.benchmarl_python is None and results.pop("benchmarl", None) is not None:
         print("benchmarl left out: install benchmark/requirements-benchmarl.txt in a venv, give --benchmarl-python")
     for i in range(args.rounds):
@@ -196,4 +228,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(command_line(Args, main, {}))
