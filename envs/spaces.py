@@ -52,7 +52,8 @@ class OwnActions:
     @functools.cached_property
     def bounds(self) -> np.ndarray:
         """[2, D] the lowest and the highest real action"""
-        return np.stack([self.space.low.ravel(), self.space.high.ravel()]).astype(np.float32)
+        low, high = self.space.low.ravel(), self.space.high.ravel()
+        return np.stack([low, high]).astype(np.float32)
 
     def to_env(self, action: Any) -> Any:
         """An index, or [D]; parts and dimensions that are padding are cut off"""
@@ -62,7 +63,8 @@ class OwnActions:
         if self.kind == "parts":
             own = own + self.start
         elif own.dtype != self.space.dtype:  # a bound may lie between two float32
-            own = np.clip(own.astype(self.space.dtype), self.space.low.ravel(), self.space.high.ravel())
+            low, high = self.space.low.ravel(), self.space.high.ravel()
+            own = own.astype(self.space.dtype).clip(low, high)
         return own.reshape(self.space.shape).astype(self.space.dtype, copy=False)
 
     def from_env(self, action: Any) -> np.ndarray:
@@ -103,10 +105,12 @@ def own_actions(space: gym.Space) -> OwnActions | None:
         options, start = space.nvec.ravel(), space.start.ravel()
         kind = "parts"
     elif isinstance(space, MultiBinary):
-        options, start = np.full(int(np.prod(space.shape)), 2), 0
+        num_parts = int(np.prod(space.shape))
+        options, start = np.full(num_parts, 2), 0
         kind = "parts"
     elif isinstance(space, Box) and space.dtype.kind in "iub":
-        low, high = space.low.ravel().astype(float), space.high.ravel().astype(float)
+        low = space.low.ravel().astype(float)
+        high = space.high.ravel().astype(float)
         if (high - low >= MAX_OPTIONS).any():
             return None
         options, start = high - low + 1, low
@@ -146,7 +150,8 @@ class OwnObs:
             missing = [key for key in (*self.keys, MASK) if key not in obs]
             if missing:
                 raise Unfit(f"the keys {', '.join((*self.keys, MASK))}", f"none of name {missing[0]}")
-            obs = obs[self.keys[0]] if len(self.keys) == 1 else {key: obs[key] for key in self.keys}
+            seen = {key: obs[key] for key in self.keys}
+            obs = seen if len(seen) > 1 else seen[self.keys[0]]
         if self.seen is self.array:
             return fitting_array(self.array, obs)
         check_fits(self.seen, obs)
@@ -163,7 +168,8 @@ def own_obs(space: gym.Space, actions: OwnActions) -> OwnObs:
             raise Unfit(f"{MASK} to hold a number for each of {num_options or 'no'} actions", f"{space[MASK]}")
         if not keys:
             raise Unfit(f"an observation beside {MASK}", "none")
-        seen = space[keys[0]] if len(keys) == 1 else Dict({key: space[key] for key in keys})
+        parts = {key: space[key] for key in keys}
+        seen = Dict(parts) if len(parts) > 1 else parts[keys[0]]
     if isinstance(seen, Box) and seen.shape:
         return OwnObs(seen, keys, seen)
     array = gym.spaces.flatten_space(seen)
