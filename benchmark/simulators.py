@@ -2,7 +2,7 @@
 
     python benchmark/simulators.py run simulators-dispersion --jobs 1
     python benchmark/simulators.py plot simulators-dispersion --baseline "shared, id"
-    python benchmark/simulators.py benchmarl --python benchmarl-venv/bin/python    # joins simulators-balance
+    python benchmark/simulators.py benchmarl --benchmarl-python benchmarl-venv/bin/python    # joins simulators-balance
     python benchmark/simulators.py curves simulators-balance      # what the runs were paid while they trained
 
 `run` and `plot` take what those two scripts take. Rows: benchmark/results/SUITE.csv.
@@ -66,7 +66,7 @@ SUITES = {
 
 @dataclass
 class BenchmarlArgs:
-    python: Path
+    benchmarl_python: Path
     """interpreter of a virtual environment with benchmark/requirements-benchmarl.txt"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of its runs"""
@@ -99,7 +99,7 @@ def benchmarl_row(args: BenchmarlArgs, seed: int) -> dict:
     """Trains, writes the curve of training returns, and gives the row; there is no evaluation."""
     words = benchmarl_command(args, seed)
     started = time.perf_counter()
-    done = subprocess.run([args.python, *words], cwd=run.ROOT, capture_output=True, text=True)
+    done = subprocess.run([args.benchmarl_python, *words], cwd=run.ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UsageError(f"BenchMARL ended with: {done.stderr.strip().splitlines()[-1]}: see its own command {words}")
     wall = time.perf_counter() - started
@@ -132,8 +132,8 @@ def benchmarl_row(args: BenchmarlArgs, seed: int) -> dict:
 
 
 def benchmarl(args: BenchmarlArgs) -> int:
-    if not args.python.is_file():
-        raise UsageError(f"no interpreter {args.python}: make the venv as benchmark/benchmarl_mappo.py says")
+    if not args.benchmarl_python.is_file():
+        raise UsageError(f"no interpreter {args.benchmarl_python}: make the venv as benchmark/benchmarl_mappo.py says")
     for seed in args.seeds:
         row = benchmarl_row(args, seed)
         run.add_row(args.results, "simulators-balance", row)

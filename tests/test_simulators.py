@@ -53,7 +53,7 @@ def test_members_of_a_comparison_differ_in_the_actor_alone():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script with a #! line")
 def test_benchmarls_runs_become_rows_and_curves(tmp_path, fake_python, capsys):
-    flags = ["--python", str(fake_python), "--updates", "12", "--results", str(tmp_path / "results")]
+    flags = ["--benchmarl-python", str(fake_python), "--updates", "12", "--results", str(tmp_path / "results")]
     assert simulators.cli(["benchmarl", *flags, "--seeds", "1", "2"]) == 0
     rows = run.read_rows(tmp_path / "results", "simulators-balance")
     assert [(row["label"], row["seed"], row["env_steps"]) for row in rows] == [
@@ -84,8 +84,8 @@ def test_benchmarls_runs_become_rows_and_curves(tmp_path, fake_python, capsys):
 def test_what_goes_wrong_is_one_line(tmp_path, fake_python, capsys):
     results = ["--results", str(tmp_path / "results")]
     for words, said in [
-        (["benchmarl", "--python", str(tmp_path / "nowhere"), *results], "no interpreter"),
-        (["benchmarl", "--python", str(fake_python), "--seeds", "13", *results], "unlucky"),
+        (["benchmarl", "--benchmarl-python", str(tmp_path / "nowhere"), *results], "no interpreter"),
+        (["benchmarl", "--benchmarl-python", str(fake_python), "--seeds", "13", *results], "unlucky"),
         (["curves", "simulators-balance", *results], "no rows"),
         (["curves", "simulators-poker", *results], "unknown suite"),
         (["fly"], "expected one of run, plot, benchmarl, curves"),
@@ -100,7 +100,7 @@ def test_what_goes_wrong_is_one_line(tmp_path, fake_python, capsys):
 def test_the_report_of_benchmarls_script_is_what_is_read():
     """Its own packages are not those of the tests, so that only its text can be looked at here."""
     source = (run.ROOT / "benchmark/benchmarl_mappo.py").read_text(encoding="utf-8")
-    words = simulators.benchmarl_command(simulators.BenchmarlArgs(python="python"), 1)
+    words = simulators.benchmarl_command(simulators.BenchmarlArgs(benchmarl_python="python"), 1)
     fields = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
     assert fields == ["task", "num_envs", "num_steps", "updates", "num_threads", "seed"]
     assert all(f"\n    {name}: " in source for name in fields)
