@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import world_model as wm
 from collect_data import Args as CollectArgs
 from collect_data import main as collect_main
 from dataset import load_dataset
+from envs import ObsSpec
 from envs.stag_hunt import StagHuntVecEnv, preset_options
 
 CPU = torch.device("cpu")
@@ -368,3 +370,12 @@ def misshapen(meta, device):
             return obs[:, :2], *super().step(obs, joint_action)[1:]
 
     return Misshapen()
+
+
+def test_real_numbers_are_not_called_exact(capsys):
+    result = defaultdict(float)
+    judge.print_one_step(result, ObsSpec(names=("speed", "height"), kinds=("real", "real")))
+    printed = capsys.readouterr().out
+    assert "Right to 0.001" in printed and "Exact match" not in printed
+    judge.print_one_step(result, SPEC)
+    assert "Exact match" in capsys.readouterr().out
