@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from dataset import Dataset, DatasetWriter, describe, load_dataset, make_meta
 from envs import EnvStep, VecEnv, check_env, make_vec_env
+from envs.players import Partners, parse_partners
 from hyper_mappo import CHECKPOINT_FORMAT, load_critic, make_policy
 from runs import (
     StopSignal,
@@ -63,6 +64,9 @@ class Args:
     plan:RUN for what plan.py decides, set up as in its run folder"""
     values_of: str | None = None
     """run folder of hyper_mappo.py whose critic says what it expects from each step on; None: no values"""
+    partners: tuple[str, ...] = ()
+    """who has the last seats, beside --policies in the others: NAME:SEATS, or pool=NAME,NAME:SEATS, drawn anew for each
+    episode; policy_ids say who it was"""
     num_steps: int = 100_000
     """env steps to record at least; episodes in flight by then are played to the end and recorded too"""
     num_envs: int = 64
@@ -112,7 +116,7 @@ def make_player(name: str, env: VecEnv, env_kwargs: dict[str, Any]) -> Any:
 
 
 class Seating:
-    """Who sits where: one mix of policies after the other, each shuffled over the seats."""
+    """Who sits where: one mix of policies after the other, each shuffled over the seats that partners do not have."""
 
     def __init__(
         self,
@@ -120,10 +124,17 @@ class Seating:
         env: VecEnv,
         first_mix: int,
         rng: np.random.Generator,
+        partners: Partners | None = None,
+        partner_ids: list[int] | None = None,
     ):
-        self.players = players
+        """partner_ids: which of the recorded policies each member of the partners is"""
+        self.players, self.partners = players, partners
         self.memories = [player.initial_state(env.num_envs) for player in players]
-        self.mixes = make_mixes(len(players), env.num_agents)
+        self.free_seats = env.num_agents
+        if partners is not None:
+            self.free_seats = partners.first_seat
+            self.partner_ids = torch.tensor(partner_ids, device=env.device)
+        self.mixes = make_mixes(len(players), self.free_seats)
         self.next_mix = first_mix
         self.rng = rng
         self.policy_ids = np.zeros((env.num_envs, env.num_agents), np.int64)
@@ -132,7 +143,7 @@ class Seating:
         """New seats where an episode starts. [N] bool"""
         for i in np.flatnonzero(starting):
             mix = self.mixes[self.next_mix % len(self.mixes)]
-            self.policy_ids[i] = self.rng.permutation(mix)
+            self.policy_ids[i, : self.free_seats] = self.rng.permutation(mix)
             self.next_mix += 1
 
     def act(self, step: EnvStep) -> Tensor:
@@ -148,9 +159,19 @@ class Seating:
             if chosen.ndim == 3:
                 mine = mine[..., None]
             actions = torch.where(mine, chosen, actions)
+        if self.partners is not None:
+            actions = self.partners.play(step, actions)
+            seated = self.partner_ids[self.partners.seated]  # [N, P]
+            self.policy_ids[:, self.free_seats :] = seated.cpu().numpy()
         for k, player in enumerate(self.players):
             self.memories[k] = player.remember(step, actions, self.memories[k])
         return actions
+
+
+def everyone(policies: tuple[str, ...], partners: tuple[str, ...]) -> list[str]:
+    """All who may play, in the order of policy_ids: the policies, then partners who are none of them."""
+    members = [name for entry in parse_partners(partners) for name in entry.members]
+    return list(dict.fromkeys([*policies, *members]))
 
 
 def load_values(run_dir: str, env: VecEnv) -> Critic:
@@ -179,6 +200,7 @@ def collect(
     seed: int,
     critic: Critic | None = None,
     stop: StopSignal | None = None,
+    partners: tuple[str, ...] = (),
 ) -> bool:
     """Records whole episodes until `writer` holds at least num_steps. -> False: it was stopped before that
 
@@ -186,7 +208,18 @@ def collect(
     are over. A killed collection plays its segment again; `writer` skips the episodes that it already has. (To begin
     new ones in their place would lose those that were in flight, which are mostly the long ones.)
     """
-    players = [make_player(name, env, writer.meta["env_kwargs"]) for name in policies]
+    names = everyone(policies, partners)
+    players = {name: make_player(name, env, writer.meta["env_kwargs"]) for name in names}
+
+    def take_seats(first_mix: int, seed: int) -> Seating:
+        rng = np.random.default_rng(seed)
+        mixed = [players[name] for name in policies]
+        if not partners:
+            return Seating(mixed, env, first_mix, rng)
+        beside = Partners(partners, env, lambda name, env: players[name], seed)
+        partner_ids = [names.index(name) for name in beside.names]
+        return Seating(mixed, env, first_mix, rng, beside, partner_ids)
+
     progress = tqdm(
         total=num_steps,
         initial=min(writer.num_steps, num_steps),
@@ -194,7 +227,7 @@ def collect(
         disable=not sys.stderr.isatty(),
     )
     while writer.segment["first_step"] < num_steps:
-        is_over = collect_segment(env, players, writer, num_steps, seed, critic, stop, progress)
+        is_over = collect_segment(env, take_seats, writer, num_steps, seed, critic, stop, progress)
         if not is_over:
             writer.flush()
             break
@@ -205,7 +238,7 @@ def collect(
 
 def collect_segment(
     env: VecEnv,
-    players: list[Any],
+    take_seats: Callable[[int, int], Seating],
     writer: DatasetWriter,
     num_steps: int,
     seed: int,
@@ -222,8 +255,7 @@ def collect_segment(
     entropy = np.random.SeedSequence([seed, first_step])
     seed = int(entropy.generate_state(1)[0] >> 1)
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    seating = Seating(players, env, writer.segment["first_episode"], rng)
+    seating = take_seats(writer.segment["first_episode"], seed)
     starting = recording = np.ones(env.num_envs, bool)
     ages = np.zeros(env.num_envs, np.int64)  # of the episodes in flight
     longest, enough = 0, False
@@ -365,9 +397,47 @@ def plot_activity(axis: Any, dataset: Dataset, names: list[str]) -> None:
 
 def dataset_path(args: Args) -> Path:
     """data/<env>__<policies>__<seed>, or the name that was asked for"""
-    policies = "-".join(Path(name).name for name in args.policies)
+    policies = "-".join(Path(name).name for name in everyone(args.policies, args.partners))
     name = args.name or f"{args.env_id}__{policies}__{args.seed}"
     return Path(args.data_dir) / safe_name(name)
+
+
+def check_players(args: Args, env: VecEnv, env_kwargs: dict[str, Any]) -> None:
+    """Refuses who cannot play, before anything is written: UsageError."""
+    for policy in args.policies:
+        make_player(policy, env, env_kwargs)
+    if args.partners:
+        Partners(args.partners, env, lambda name, env: make_player(name, env, env_kwargs))
+
+
+def describe_data(
+    args: Args,
+    env: VecEnv,
+    env_kwargs: dict[str, Any],
+    values_of: str | None,
+) -> dict[str, Any]:
+    """The dataset's meta."""
+    discrete = isinstance(env.action_space, gym.spaces.Discrete)
+    in_parts = isinstance(env.action_space, gym.spaces.MultiDiscrete)
+    meta = make_meta(
+        env_id=env.env_id,
+        env_kwargs=env_kwargs,
+        num_agents=env.num_agents,
+        obs_shape=env.obs_shape,
+        obs_dtype=str(env.obs_dtype).removeprefix("torch."),
+        state_shape=env.state_shape,
+        state_dtype=str(env.state_dtype).removeprefix("torch."),
+        num_actions=int(env.action_space.n) if discrete else None,
+        action_shape=env.action_space.shape,
+        has_masks=env.reset(args.seed).action_mask is not None,
+        policies=everyone(args.policies, args.partners),
+        nvec=env.action_space.nvec.tolist() if in_parts else None,
+        seed=args.seed,
+        values_of=values_of,
+    )
+    if args.partners:
+        meta["partners"] = list(args.partners)
+    return meta
 
 
 @run_keeping
@@ -387,32 +457,14 @@ def main(args: Args) -> Path:
     env = make_vec_env(checked_env, args.num_envs, device, args.seed, **limits)
 
     # ---- networks
-    for policy in args.policies:
-        make_player(policy, env, env_kwargs)  # refuses what cannot play before anything is written
+    check_players(args, env, env_kwargs)
     critic, values_of = None, None
     if args.values_of is not None:
         critic = load_values(args.values_of, env)
         values_of = Path(args.values_of).name
 
     # ---- storage
-    discrete = isinstance(env.action_space, gym.spaces.Discrete)
-    in_parts = isinstance(env.action_space, gym.spaces.MultiDiscrete)
-    meta = make_meta(
-        env_id=env.env_id,
-        env_kwargs=env_kwargs,
-        num_agents=env.num_agents,
-        obs_shape=env.obs_shape,
-        obs_dtype=str(env.obs_dtype).removeprefix("torch."),
-        state_shape=env.state_shape,
-        state_dtype=str(env.state_dtype).removeprefix("torch."),
-        num_actions=int(env.action_space.n) if discrete else None,
-        action_shape=env.action_space.shape,
-        has_masks=env.reset(args.seed).action_mask is not None,
-        policies=list(args.policies),
-        nvec=env.action_space.nvec.tolist() if in_parts else None,
-        seed=args.seed,
-        values_of=values_of,
-    )
+    meta = describe_data(args, env, env_kwargs, values_of)
     again = command(__file__, *given_flags(replace(args, resume=True)))
     writer = DatasetWriter(path, meta, args.num_envs, args.resume, again)
     print(f"collecting {args.num_steps} steps of {env.env_id} ({env.backend} backend, {device}) into {path}")
@@ -421,7 +473,7 @@ def main(args: Args) -> Path:
     if not writer.finished:
         stop = StopSignal("step")
         try:
-            done = collect(env, args.policies, writer, args.num_steps, args.seed, critic, stop)
+            done = collect(env, args.policies, writer, args.num_steps, args.seed, critic, stop, args.partners)
         except (KeyboardInterrupt, Terminated):
             writer.flush()
             raise

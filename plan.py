@@ -44,7 +44,7 @@ import pretrain_vae
 import runs
 from dataset import ego_order, load_dataset
 from envs import EnvStep, ObsSpec, VecEnv, check_env, describe_obs, make_vec_env, stag_hunt
-from envs.players import Partners, parse_partners, script_names, script_probs
+from envs.players import Partners, parse_partners, same_rules, script_names, script_probs
 from hyper_mappo import Policy, load_critic, make_policy
 from opponent_samples import Samples, relative_cells
 from pretrain_vae import VAE, load_vae
@@ -1169,22 +1169,33 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
 # ---------------------------------------------------------------- set-up
 
 
-def check_fits(what: str, found: dict[str, Any], env: VecEnv) -> None:
-    """UsageError unless a model was made for this env; found: env_id, obs_shape, num_agents, num_actions."""
+def check_fits(
+    what: str,
+    found: dict[str, Any],
+    env: VecEnv,
+    env_kwargs: dict[str, Any],
+) -> None:
+    """UsageError unless a model was made for the rules of this env, whatever name they go by.
+
+    found: env_id, env_kwargs, obs_shape, num_agents, num_actions.
+    """
+    its_rules = same_rules(found.pop("env_id"), found.pop("env_kwargs"))
+    found = {**its_rules, **found}
     expected = {
-        "env_id": env.env_id,
+        **same_rules(env.env_id, env_kwargs),
         "obs_shape": list(env.obs_shape),
         "num_agents": env.num_agents,
         "num_actions": int(env.action_space.n),
     }
     if found != expected:
-        differs = [name for name in expected if found[name] != expected[name]]
-        its = ", ".join(f"{name} {found[name]}" for name in differs)
-        ours = ", ".join(f"{name} {expected[name]}" for name in differs)
+        names = [*found, *(name for name in expected if name not in found)]
+        differs = [name for name in names if found.get(name) != expected.get(name)]
+        its = ", ".join(f"{name} {found.get(name)}" for name in differs)
+        ours = ", ".join(f"{name} {expected.get(name)}" for name in differs)
         raise UsageError(f"{what} was trained with {its}, but {env.env_id} has {ours}: use one trained on this env")
 
 
-def read_world_model(path: str, env: VecEnv) -> WorldModel:
+def read_world_model(path: str, env: VecEnv, env_kwargs: dict[str, Any]) -> WorldModel:
     """UsageError: no world model, or of another env."""
     model = load_world_model(path, env.device)
     config = model.config
@@ -1194,11 +1205,12 @@ def read_world_model(path: str, env: VecEnv) -> WorldModel:
         raise UsageError(f"--world-model {path} predicts values, not rewards: train it with --reward-target reward")
     found = {
         "env_id": config["env_id"],
+        "env_kwargs": config["env_kwargs"],
         "obs_shape": list(config["obs_shape"]),
         "num_agents": config["num_agents"],
         "num_actions": config["action_dim"],
     }
-    check_fits(f"--world-model {path}", found, env)
+    check_fits(f"--world-model {path}", found, env, env_kwargs)
     return model.requires_grad_(False)
 
 
@@ -1210,11 +1222,12 @@ def read_opponents(path: str, env: VecEnv) -> VAE:
         raise UsageError(f"--opponents {path} reads the state, which no seat sees: pretrain it with --input obs")
     found = {
         "env_id": spec["env_id"],
+        "env_kwargs": {},  # its checkpoint does not say
         "obs_shape": list(spec["shape"]),
         "num_agents": spec["num_agents"],
         "num_actions": spec["num_actions"],
     }
-    check_fits(f"--opponents {path}", found, env)
+    check_fits(f"--opponents {path}", found, env, {})
     return model
 
 
@@ -1327,7 +1340,7 @@ def make_planner(args: Args, env: VecEnv, env_kwargs: dict[str, Any], seats: tup
     if args.world == "true":
         world = TrueWorld(env, env_kwargs, eyes)
     else:
-        world = LearnedWorld(read_world_model(args.world_model, env), eyes)
+        world = LearnedWorld(read_world_model(args.world_model, env, env_kwargs), eyes)
     bases = make_bases(args, env, env_kwargs, opponents)
     value = None
     if args.policy is not None and eyes.whole_map:

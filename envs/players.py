@@ -64,6 +64,20 @@ def script_names(env_id: str) -> tuple[str, ...]:
     return ("random",) if game is None else game.SCRIPTED
 
 
+def same_rules(env_id: str, env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What two envs have in common that follow the same rules: a preset's options, else the resolved id.
+
+    The time limit is none of them: it cuts episodes, and no step is another for it.
+    """
+    game = scripted_game(env_id)
+    if game is None or env_id not in game.PRESETS:
+        return {"env_id": env_id}
+    rules = {"game": game.__name__.rpartition(".")[2], "num_blocks": 0, "view": None}
+    rules |= game.preset_options(env_id) | env_kwargs
+    rules.pop("max_cycles", None)
+    return rules
+
+
 def scripted_player(name: str, env: VecEnv) -> FixedPolicy:
     """A scripted player in all seats of all envs. UsageError: unknown name, or an action space it cannot draw from."""
     names = script_names(env.env_id)

@@ -29,7 +29,7 @@ NUM_ACTIONS = len(ACTION_NAMES)
 HUNT_STAG, HUNT_HARE = USE, USE + 1
 STAG_HUNTERS = 2  # it takes to catch a stag
 STAG_VALUE, HARE_VALUE = 10.0, 1.0
-SCRIPTED = ("random", "nearest_stag", "nearest_hare", "stay")
+SCRIPTED = ("random", "nearest_stag", "nearest_hare", "stay", "waits_at_stag")
 
 
 def _four_of_each(side: int, num_stags: int) -> dict[str, int]:
@@ -148,6 +148,11 @@ def action_probs(policy_name: str, obs: Tensor, action_mask: Tensor) -> Tensor:
         return always(STAY, action_mask)
     if policy_name == "nearest_stag":
         return grid_game.use_nearest(obs, action_mask, plane=-2, use=HUNT_STAG)
+    if policy_name == "waits_at_stag":  # looks like nearest_stag, until the stag should be caught
+        probs = grid_game.use_nearest(obs, action_mask, plane=-2, use=HUNT_STAG)
+        probs[..., STAY] += probs[..., HUNT_STAG]
+        probs[..., HUNT_STAG] = 0.0
+        return probs
     return grid_game.use_nearest(obs, action_mask, plane=-1, use=HUNT_HARE)
 
 

@@ -127,6 +127,32 @@ def test_a_planner_takes_its_seats(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_partners_are_drawn_from_their_pool_for_each_episode(tmp_path):
+    fields = {"policies": ("random", "stay"), "partners": ("same=nearest_stag,stay,nearest_hare:2", "nearest_hare:1")}
+    found = collect(tmp_path, **fields, num_envs=32, num_steps=1500)
+    assert found.meta["policies"] == ["random", "stay", "nearest_stag", "nearest_hare"]
+    starts = found.episode_starts[:-1]
+    seated = found.policy_ids[starts]  # [E, A]
+    assert set(seated[:, 0]) == {0, 1} and set(seated[:, 3]) == {3}
+    assert (seated[:, 1] == seated[:, 2]).all()
+    counts = np.bincount(seated[:, 1], minlength=4)
+    assert counts[0] == 0 and (counts[1:] > 0.15 * len(starts)).all()
+    for first, last in itertools.pairwise(found.episode_starts):
+        assert (found.policy_ids[first:last] == found.policy_ids[first]).all()
+    # and it was they who acted
+    policies = {1: "stay", 2: "nearest_stag", 3: "nearest_hare"}
+    for k, name in policies.items():
+        rows, seats = np.nonzero(found.active & (found.policy_ids == k))
+        obs, masks = (
+            torch.from_numpy(found.observations[rows, seats]),
+            torch.from_numpy(found.action_masks[rows, seats]),
+        )
+        probs = action_probs(name, obs, masks)
+        assert (probs[torch.arange(len(rows)), found.actions[rows, seats]] > 0).all()
+    again = collect(tmp_path / "again", **fields, num_envs=32, num_steps=1500)
+    assert (again.policy_ids == found.policy_ids).all() and (again.actions == found.actions).all()
+
+
 def test_values_are_the_critics_and_change_nothing_else(tmp_path, run_dir):
     import hyper_mappo
 
@@ -334,6 +360,8 @@ def test_pursuit_and_the_genuine_env(tmp_path):
         ({"name": ".."}, "holds no letter or number"),
         ({"seed": -1}, "--seed must be from 0 to 2147483647, got -1"),
         ({"env_id": "stag_haunt"}, "stag_hunt"),
+        ({"partners": ("pool=random,nearest_dog:3",)}, "nearest_stag.*'nearest_dog'"),
+        ({"partners": ("stay:4",)}, "leave at least 1"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, kwargs, message):

@@ -420,6 +420,13 @@ def test_models_are_not_changed_by_planning(folders, tmp_path):
         assert all(torch.equal(x, old[name]) for name, x in model.state_dict().items())
 
 
+def test_other_names_of_the_same_rules_are_no_other_env(folders, tmp_path):
+    fields = {"runs_dir": str(tmp_path), "episodes": 1, "num_envs": 1, "samples": 1, "horizon": 2}
+    for env_kwargs in ("{}", '{"max_cycles": 9, "num_blocks": 0}'):
+        args = make_args(folders, env_id="stag_hunt", env_kwargs=env_kwargs, **fields)
+        assert plan.main(args).is_dir()
+
+
 def test_a_run_folder_is_a_player_for_all_seats(folders, tmp_path):
     args = make_args(folders, runs_dir=str(tmp_path), episodes=1, num_envs=1, samples=1, horizon=2)
     run_dir = plan.main(args)
@@ -474,6 +481,8 @@ def test_trained_policies_and_critics_serve_too(folders, tmp_path):
         (["--opponents", "nowhere"], "no checkpoint at nowhere"),
         (["--env-id", "stag_hunt-8x8-4h1s"], r"obs_shape \[4, 4, 7\], but stag_hunt-8x8-4h1s has"),
         (["--env-kwargs", '{"view": 3}'], "--joint-obs"),
+        (["--env-kwargs", '{"num_blocks": 2}'], "trained with num_blocks 0, but .* has num_blocks 2"),
+        (["--env-kwargs", '{"num_hares": 2}'], "trained with num_hares 4, but .* has num_hares 2"),
         (["--env-kwargs", "null"], "--env-kwargs"),
         (["--method", "one-step"], "--method one-step expected values"),
         (["--scripts", "nearest_dog"], "--scripts expected"),

@@ -543,8 +543,8 @@ def test_a_walled_in_script_stays():
 
 def slow_probs(policy, one, i):
     legal, at = one.legal(i), one.players[i]
-    targets = one.stags if policy == "nearest_stag" else one.hares
-    hunt = STAG if policy == "nearest_stag" else HARE
+    targets = one.hares if policy == "nearest_hare" else one.stags
+    hunt = {"nearest_stag": STAG, "nearest_hare": HARE, "waits_at_stag": STAY}.get(policy)
 
     def far(a, b):
         return abs(a[0] - b[0]) + abs(a[1] - b[1])
