@@ -29,6 +29,9 @@ from pettingzoo.sisl import pursuit_v5
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 
+GAMMA, GAE_LAMBDA = 0.99, 0.95
+CLIP_COEF, ENT_COEF, VF_COEF, MAX_GRAD_NORM = 0.2, 0.01, 0.5, 0.5
+
 
 @dataclass
 class Args:
@@ -77,6 +80,92 @@ class Agent(nn.Module):
         return action, probs.log_prob(action), probs.entropy(), self.get_value(obs)
 
 
+class Rollouts:
+    """Steps genuine pursuits; what happened stands in tensors [T, N, A(, F)]."""
+
+    def __init__(self, args: Args, device: torch.device):
+        env = pursuit_v5.parallel_env()
+        self.num_agents = len(env.possible_agents)
+        self.num_actions = env.action_space(env.possible_agents[0]).n
+        envs = supersuit.pettingzoo_env_to_vec_env_v1(env)  # pursuers leave all at once: no black_death needed
+        num_cpus = args.num_cpus if args.num_cpus > 1 else 0
+        self.envs = supersuit.concat_vec_envs_v1(envs, args.num_envs, num_cpus=num_cpus, base_class="gymnasium")
+        self.num_features = int(np.prod(self.envs.observation_space.shape))
+        self.device = device
+        shape = (args.num_steps, args.num_envs, self.num_agents)
+        self.obs = torch.zeros(*shape, self.num_features, device=device)
+        self.actions = torch.zeros(shape, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.rewards = torch.zeros(shape, device=device)
+        self.dones = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.next_obs = self.to_obs(self.envs.reset(seed=args.seed)[0])
+        self.next_done = torch.zeros(shape[1:], device=device)
+
+    def to_obs(self, obs: np.ndarray) -> torch.Tensor:
+        """[N*A, 7, 7, 3] -> [N, A, F]"""
+        return torch.Tensor(obs).to(self.device).view(-1, self.num_agents, self.num_features)
+
+    def to_agents(self, x: np.ndarray) -> torch.Tensor:
+        """[N*A] -> [N, A]"""
+        return torch.Tensor(x).to(self.device).view(-1, self.num_agents)
+
+    def collect(self, agent: Agent) -> None:
+        for t in range(len(self.obs)):
+            self.obs[t] = self.next_obs
+            self.dones[t] = self.next_done
+            with torch.no_grad():
+                action, self.logprobs[t], _, self.values[t] = agent.get_action_and_value(self.next_obs)
+            self.actions[t] = action
+            next_obs, reward, terminations, truncations, _ = self.envs.step(action.flatten().cpu().numpy())
+            self.rewards[t] = self.to_agents(reward)
+            self.next_done = self.to_agents(np.logical_or(terminations, truncations))
+            self.next_obs = self.to_obs(next_obs)
+
+    @torch.no_grad()
+    def estimate_advantages(self, agent: Agent) -> torch.Tensor:
+        """GAE. [T, N, A]"""
+        advantages = torch.zeros_like(self.rewards)
+        nextvalues = agent.get_value(self.next_obs)
+        nextdone = self.next_done
+        lastgaelam = 0.0
+        for t in reversed(range(len(self.obs))):
+            nextnonterminal = 1.0 - nextdone
+            delta = self.rewards[t] + GAMMA * nextvalues * nextnonterminal - self.values[t]
+            lastgaelam = delta + GAMMA * GAE_LAMBDA * nextnonterminal * lastgaelam
+            advantages[t] = lastgaelam
+            nextvalues = self.values[t]
+            nextdone = self.dones[t]
+        return advantages
+
+
+def ppo_loss(agent: Agent, mb: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-> the loss of a minibatch, and what is logged of it"""
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb["obs"], mb["actions"])
+    logratio = newlogprob - mb["logprobs"]
+    ratio = logratio.exp()
+    with torch.no_grad():
+        approx_kl = ((ratio - 1) - logratio).mean()
+        clipfrac = ((ratio - 1.0).abs() > CLIP_COEF).float().mean()
+    advantages = mb["advantages"]
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    clipped = ratio.clamp(1 - CLIP_COEF, 1 + CLIP_COEF)
+    pg_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+    v_change = (newvalue - mb["values"]).clamp(-CLIP_COEF, CLIP_COEF)
+    v_error = (newvalue - mb["returns"]) ** 2
+    v_clipped = (mb["values"] + v_change - mb["returns"]) ** 2
+    v_loss = 0.5 * torch.max(v_error, v_clipped).mean()
+    loss = pg_loss - ENT_COEF * entropy.mean() + VF_COEF * v_loss
+    numbers = {
+        "policy_loss": pg_loss,
+        "value_loss": v_loss,
+        "entropy": entropy.mean(),
+        "approx_kl": approx_kl,
+        "clipfrac": clipfrac,
+    }
+    return loss, numbers
+
+
 def train(args: Args) -> dict:
     """-> env-steps per second over all updates but the first, and what was compared."""
     np.random.seed(args.seed)
@@ -84,81 +173,40 @@ def train(args: Args) -> dict:
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device = torch.device(args.device)
-    T, N = args.num_steps, args.num_envs
-    env = pursuit_v5.parallel_env()
-    A, n = len(env.possible_agents), env.action_space(env.possible_agents[0]).n
-    envs = supersuit.pettingzoo_env_to_vec_env_v1(env)  # pursuers leave all at once: no black_death needed
-    num_cpus = args.num_cpus if args.num_cpus > 1 else 0
-    envs = supersuit.concat_vec_envs_v1(envs, N, num_cpus=num_cpus, base_class="gymnasium")
-    F = int(np.prod(envs.observation_space.shape))
-    agent = Agent(A, F, n, args.hidden_size).to(device)
+    rollouts = Rollouts(args, device)
+    A, F = rollouts.num_agents, rollouts.num_features
+    agent = Agent(A, F, rollouts.num_actions, args.hidden_size).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=5e-4, eps=1e-5)
-    gamma, gae_lambda, clip_coef, ent_coef, vf_coef, max_grad_norm = 0.99, 0.95, 0.2, 0.01, 0.5, 0.5
-
-    obs = torch.zeros(T, N, A, F, device=device)
-    actions, logprobs, rewards, dones, values = (torch.zeros(T, N, A, device=device) for _ in range(5))
-    next_obs = torch.Tensor(envs.reset(seed=args.seed)[0]).to(device).view(N, A, F)  # [N*A, 7, 7, 3]
-    next_done = torch.zeros(N, A, device=device)
-    batch_size, times = T * N, []
+    batch_size = args.num_steps * args.num_envs
     b_inds = np.arange(batch_size)
+    times = []
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        for update in range(args.updates):
-            for t in range(T):
-                obs[t], dones[t] = next_obs, next_done
-                with torch.no_grad():
-                    action, logprobs[t], _, values[t] = agent.get_action_and_value(next_obs)
-                actions[t] = action
-                next_obs, reward, terminations, truncations, _ = envs.step(action.flatten().cpu().numpy())
-                rewards[t] = torch.Tensor(reward).to(device).view(N, A)
-                next_done = torch.Tensor(np.logical_or(terminations, truncations)).to(device).view(N, A)
-                next_obs = torch.Tensor(next_obs).to(device).view(N, A, F)
-
-            with torch.no_grad():
-                next_value, lastgaelam = agent.get_value(next_obs), 0.0
-                advantages = torch.zeros_like(rewards)
-                for t in reversed(range(T)):
-                    nextnonterminal = 1.0 - (next_done if t == T - 1 else dones[t + 1])
-                    nextvalues = next_value if t == T - 1 else values[t + 1]
-                    delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
-                    advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
-                returns = advantages + values
-
-            b_obs = obs.reshape(-1, A, F)
-            b_actions, b_logprobs, b_advantages, b_returns, b_values = (
-                x.reshape(-1, A) for x in (actions, logprobs, advantages, returns, values)
-            )
-            clipfracs = []
+        for update in range(1, args.updates + 1):
+            rollouts.collect(agent)
+            advantages = rollouts.estimate_advantages(agent)
+            batch = {
+                "obs": rollouts.obs.reshape(-1, A, F),
+                "actions": rollouts.actions.reshape(-1, A),
+                "logprobs": rollouts.logprobs.reshape(-1, A),
+                "values": rollouts.values.reshape(-1, A),
+                "advantages": advantages.reshape(-1, A),
+                "returns": (advantages + rollouts.values).reshape(-1, A),
+            }
             for _ in range(args.update_epochs):
                 np.random.shuffle(b_inds)
                 for mb_inds in np.array_split(b_inds, args.num_minibatches):
-                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
-                    logratio = newlogprob - b_logprobs[mb_inds]
-                    ratio = logratio.exp()
-                    with torch.no_grad():
-                        approx_kl = ((ratio - 1) - logratio).mean()
-                        clipfracs.append(((ratio - 1.0).abs() > clip_coef).float().mean().item())
-                    mb_advantages = b_advantages[mb_inds]
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-                    pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped).mean()
-                    v_change = (newvalue - b_values[mb_inds]).clamp(-clip_coef, clip_coef)
-                    v_error = (newvalue - b_returns[mb_inds]) ** 2
-                    v_clipped = (b_values[mb_inds] + v_change - b_returns[mb_inds]) ** 2
-                    v_loss = 0.5 * torch.max(v_error, v_clipped).mean()
-                    loss = pg_loss - ent_coef * entropy.mean() + vf_coef * v_loss
+                    loss, numbers = ppo_loss(agent, {name: x[mb_inds] for name, x in batch.items()})
                     optimizer.zero_grad()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
+                    nn.utils.clip_grad_norm_(agent.parameters(), MAX_GRAD_NORM)
                     optimizer.step()
-            numbers = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean(), "approx_kl": approx_kl}
             for name, x in numbers.items():
-                writer.add_scalar(f"losses/{name}", x.item(), (update + 1) * batch_size)
-            writer.add_scalar("losses/clipfrac", np.mean(clipfracs), (update + 1) * batch_size)
+                writer.add_scalar(f"losses/{name}", x.item(), update * batch_size)
             times.append(time.perf_counter())
-            writer.add_scalar("charts/SPS", len(times) * batch_size / (times[-1] - times[0] + 1e-9), update)
-    envs.close()
-    networks = {"actor": agent.actor, "critic": agent.critic}
-    counts = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in networks.items()]
+    rollouts.envs.close()
+    counts = []
+    for name, network in (("actor", agent.actor), ("critic", agent.critic)):
+        counts.append(f"{name} {sum(p.numel() for p in network.parameters()):,}")
     return {
         "sps": batch_size * (len(times) - 1) / (times[-1] - times[0]),
         "weights": ", ".join(counts),
