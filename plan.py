@@ -1483,8 +1483,18 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-def load_player(run_dir: str | Path, env: VecEnv, env_kwargs: dict[str, Any] | None = None) -> Planner:
-    """The planner of a run folder as a player for all seats, for collect_data.py. UsageError: none there."""
+def load_player(
+    run_dir: str | Path,
+    env: VecEnv,
+    env_kwargs: dict[str, Any] | None = None,
+    seats: tuple[int, ...] | None = None,
+    partners: tuple[str, ...] | None = None,
+) -> Planner:
+    """The planner of a run folder as a player, for collect_data.py. UsageError: none there.
+
+    seats: those that it plans for; None: all. partners: who they are instead of those of the run, where the planner is
+    told (--opponents true).
+    """
     path = Path(run_dir) / "args.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -1492,10 +1502,12 @@ def load_player(run_dir: str | Path, env: VecEnv, env_kwargs: dict[str, Any] | N
         raise UsageError(
             f"{run_dir}: expected a run folder of plan.py, found no readable args.json ({error})"
         ) from None
-    args = restore_args(Args, {**saved, "partners": tuple(saved["partners"])}, run_dir)
+    args = restore_args(Args, {**saved, "partners": partners or tuple(saved["partners"])}, run_dir)
     if args.scripts is not None:
         args = replace(args, scripts=tuple(args.scripts))
-    return make_planner(args, env, env_kwargs or {}, tuple(range(env.num_agents)))
+    if seats is None:
+        seats = tuple(range(env.num_agents))
+    return make_planner(args, env, env_kwargs or {}, seats)
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import EnvStep, VecEnv, make_vec_env, stag_hunt
 from envs.players import FixedPolicy, Partners, script_names
 from hyper_mappo import make_policy
+from plan import load_player
 from runs import UsageError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,14 +54,27 @@ class Setting:
     env_id: str
     env_kwargs: dict[str, Any]
     mixes: tuple[tuple[str, ...], ...]
+    weights: tuple[int, ...] | None = None  # how often each mix is met, beside the others; None: all alike
+
+    @property
+    def shares(self) -> Tensor:
+        """How often each mix is met. [M]"""
+        weights = torch.ones(len(self.mixes))
+        if self.weights is not None:
+            weights = torch.tensor(self.weights, dtype=torch.float32)
+        return weights / weights.sum()
 
     @property
     def pool(self) -> tuple[str, ...]:
         """The entry of --partners that draws these mixes; UsageError where there is none."""
         if any(len(mix) > 1 for mix in self.mixes):
             raise UsageError(f"expected mixes of one script each, so that a pool can draw them, got {self.mixes}")
-        names, seats = zip(*(mix[0].rpartition(":")[::2] for mix in self.mixes), strict=True)
-        return (f"same={','.join(names)}:{seats[0]}",)
+        members = []
+        for m, (mix,) in enumerate(self.mixes):
+            name, _, seats = mix.rpartition(":")
+            often = "" if self.weights is None else f"*{self.weights[m]}"
+            members.append(name + often)
+        return (f"same={','.join(members)}:{seats}",)
 
 
 def alike(seats: int, *names: str) -> tuple[tuple[str, ...], ...]:
@@ -75,6 +89,7 @@ def small_hunt(
     max_cycles: int,
     partners: tuple[str, ...],
     view: int | None = None,
+    weights: tuple[int, ...] | None = None,
 ) -> Setting:
     """A stag hunt in which a step is not to be lost."""
     env_kwargs = {
@@ -88,31 +103,59 @@ def small_hunt(
         env_kwargs["view"] = view
     window = "" if view is None else f"-view{view}"
     name = f"{side}x{side}-{num_players}p{num_hares}h-T{max_cycles}{window}"
-    return Setting(name, "stag_hunt", env_kwargs, alike(num_players - 1, *partners))
+    if weights is not None:
+        name += "-" + "to".join(map(str, weights))
+    return Setting(name, "stag_hunt", env_kwargs, alike(num_players - 1, *partners), weights)
 
 
 HUNTERS = ("nearest_stag", "nearest_hare")
 ANYONE = ("nearest_stag", "nearest_hare", "random", "stay")
-SOLVED = (  # side, players, hares, max_cycles, view
-    (3, 2, 1, 3, None),
-    (3, 2, 1, 3, 3),
-    (3, 2, 1, 5, None),
-    (3, 2, 1, 8, None),
-    (4, 2, 1, 4, None),
-    (4, 2, 1, 5, None),
-    (4, 2, 1, 4, 3),
-    (4, 2, 1, 5, 3),
-    (4, 2, 1, 6, 3),
-    (4, 2, 2, 4, 3),
-    (4, 2, 4, 3, 3),
-    (5, 2, 1, 5, 3),
-    (5, 2, 1, 6, 3),
+LOOK_ALIKE = ("nearest_stag", "waits_at_stag")  # only what the latter does not do tells them apart
+
+
+def one_in_four(side: int, max_cycles: int) -> Setting:
+    """One other player, who goes to the stag; one in four hunts it."""
+    return small_hunt(side, 2, 1, max_cycles, LOOK_ALIKE, weights=(1, 3))
+
+
+SOLVED = (
+    small_hunt(3, 2, 1, 3, ANYONE),
+    small_hunt(3, 2, 1, 3, ANYONE, view=3),
+    small_hunt(3, 2, 1, 5, ANYONE),
+    small_hunt(3, 2, 1, 8, ANYONE),
+    small_hunt(4, 2, 1, 4, ANYONE),
+    small_hunt(4, 2, 1, 5, ANYONE),
+    small_hunt(4, 2, 1, 4, ANYONE, view=3),
+    small_hunt(4, 2, 1, 5, ANYONE, view=3),
+    small_hunt(4, 2, 1, 6, ANYONE, view=3),
+    small_hunt(4, 2, 2, 4, ANYONE, view=3),
+    small_hunt(4, 2, 4, 3, ANYONE, view=3),
+    small_hunt(5, 2, 1, 5, ANYONE, view=3),
+    small_hunt(5, 2, 1, 6, ANYONE, view=3),
+    small_hunt(4, 2, 1, 10, LOOK_ALIKE),
+    one_in_four(4, 6),
+    one_in_four(4, 8),
+    one_in_four(4, 10),
+    one_in_four(5, 12),
 )
+
+
+def plain(env_id: str, seats: int, *partners: str) -> Setting:
+    """A preset as it is."""
+    return Setting(env_id, env_id, {}, alike(seats, *partners))
+
+
 SETTINGS = {
-    **{setting.name: setting for setting in (small_hunt(4, 3, 2, 5, ANYONE), small_hunt(5, 3, 2, 6, ANYONE))},
-    "stag_hunt-4x4-4h1s": Setting("stag_hunt-4x4-4h1s", "stag_hunt-4x4-4h1s", {}, alike(3, *HUNTERS, "random")),
-    "snowdrift-4x4-6d": Setting("snowdrift-4x4-6d", "snowdrift-4x4-6d", {}, alike(3, "nearest_drift", "never_clears")),
-    "snowdrift-6x6-6d": Setting("snowdrift-6x6-6d", "snowdrift-6x6-6d", {}, alike(3, "nearest_drift", "never_clears")),
+    setting.name: setting
+    for setting in (
+        one_in_four(4, 10),
+        one_in_four(5, 12),
+        small_hunt(4, 3, 2, 5, ANYONE),
+        small_hunt(5, 3, 2, 6, ANYONE),
+        plain("stag_hunt-4x4-4h1s", 3, *HUNTERS, "random"),
+        plain("snowdrift-4x4-6d", 3, "nearest_drift", "never_clears"),
+        plain("snowdrift-6x6-6d", 3, "nearest_drift", "never_clears"),
+    )
 }
 
 
@@ -141,11 +184,14 @@ class Watcher:
         return torch.where(others > 0, to_stag, to_hare)
 
 
-def make_response(name: str, env: VecEnv) -> Any:
-    """A player by its name: watch-REACH, a script, a run folder."""
+def make_response(name: str, env: VecEnv, setting: Setting, mix: tuple[str, ...]) -> Any:
+    """A player by its name: watch-REACH, a script, a run folder, plan:RUN for one of plan.py's."""
     kind, _, reach = name.partition("-")
     if kind == "watch" and reach.isdecimal():
         return FixedPolicy(Watcher(env, int(reach)).choose)
+    kind, _, run_dir = name.partition(":")
+    if kind == "plan":
+        return load_player(run_dir, env, setting.env_kwargs, seats=(0,), partners=mix)
     return make_policy(name, env)
 
 
@@ -167,7 +213,7 @@ def play(
     """What learner 0 returns in the first episode of each of so many envs. [episodes]"""
     torch.manual_seed(seed)
     env = make_vec_env(setting.env_id, episodes, "cpu", seed, **setting.env_kwargs)
-    player = make_response(response, env)
+    player = make_response(response, env, setting, mix)
     partners = Partners(mix, env, make_policy, seed)
     if partners.first_seat != 1:
         raise UsageError(f"expected a mix for all seats but the first, got {mix} in {env.env_id}: change its seats")
@@ -203,12 +249,17 @@ class Gap:
         return self.means.argmax(0)
 
     @property
+    def mixed(self) -> Tensor:
+        """What each response returns on average. [K]"""
+        return self.means @ self.setting.shares
+
+    @property
     def oracle(self) -> float:
-        return self.means.amax(0).mean().item()
+        return (self.means.amax(0) @ self.setting.shares).item()
 
     @property
     def unaware(self) -> float:
-        return self.means.mean(1).max().item()
+        return self.mixed.max().item()
 
     @property
     def share(self) -> float:
@@ -237,7 +288,7 @@ def as_table(gap: Gap) -> str:
         for m in range(len(mixes)):
             text = f"{gap.means[k, m]:.2f} ± {gap.intervals[k, m]:.2f}"
             cells.append(f"**{text}**" if gap.best[m] == k else text)
-        lines.append(f"| `{Path(response).name}` | {' | '.join(cells)} | {gap.means[k].mean():.2f} |")
+        lines.append(f"| `{Path(response).name}` | {' | '.join(cells)} | {gap.mixed[k]:.2f} |")
     lines.append(f"\noracle {gap.oracle:.2f}, unaware {gap.unaware:.2f}, gap {gap.share:.0%} of the oracle's return")
     return "\n".join(lines)
 
@@ -272,6 +323,7 @@ class SolvedHunt:
     def __init__(self, setting: Setting, layouts: Tensor):
         """layouts [L, I] int64: cells of stag and hares"""
         self.names = [mix[0].rpartition(":")[0] for mix in setting.mixes]
+        self.shares = setting.shares  # [M]
         options = {**stag_hunt.preset_options(setting.env_id), **setting.env_kwargs}
         self.num_cells = options["height"] * options["width"]
         self.num_players = options["num_players"]
@@ -417,11 +469,11 @@ class SolvedHunt:
                 action_values = self.action_values(values)  # [M, S, n]
                 values = (action_values * probs).sum(-1)
                 advantage = action_values - values[..., None]
-                gain += (met[..., None] * advantage).sum(0)
+                gain += torch.einsum("m,ms,msn->sn", self.shares, met, advantage)
             returns = values[:, self.starts].mean(1)
-            if returns.mean() > best.mean():
+            if self.shares @ returns > self.shares @ best:
                 best = returns
-            often = sum(met.sum(0) for met in visits)  # [S]
+            often = sum(self.shares @ met for met in visits)  # [S]
             often = torch.zeros(num_looks).index_add(0, self.looks, often)
             gain = torch.zeros(num_looks, n).index_add(0, self.looks, gain)
             logits = logits + step_size * gain / often.clamp(min=1e-12)[:, None]
@@ -451,8 +503,8 @@ class SolvedHunt:
         known = torch.stack([returns[m] for m, (_, returns) in enumerate(of_each)])
         unaware = torch.zeros(M)
         for visits in [everywhere, *(visits for visits, _ in of_each)]:
-            _, returns = self.solve(torch.ones(M) / M, visits)
-            if returns.mean() > unaware.mean():
+            _, returns = self.solve(self.shares, visits)
+            if self.shares @ returns > self.shares @ unaware:
                 unaware = returns
         # Whoever is best for all is also one way to answer each.
         return torch.maximum(known, unaware), unaware
@@ -487,10 +539,12 @@ def searched_settings() -> list[Setting]:
 
 @dataclass
 class Args:
-    settings: tuple[str, ...] = tuple(SETTINGS)
-    """settings to measure, by name"""
+    settings: tuple[str, ...] = ()
+    """settings to measure or solve, by name; none: all of them"""
     responses: tuple[str, ...] = ()
-    """run folders (or plan's) to try beside the scripts and watchers"""
+    """run folders to try beside the scripts and watchers, plan:RUN for plan.py's"""
+    scripts: bool = True
+    """whether scripts and watchers are tried at all"""
     search: bool = False
     """go through many small stag hunts instead, and print the largest gaps"""
     solve: bool = False
@@ -514,7 +568,7 @@ def search(args: Args, measured: Callable[[Setting], Gap]) -> None:
     found.sort(key=lambda gap: gap.share, reverse=True)
     print("| setting | partners | oracle | unaware, by | gap |\n|---|---|---:|---|---:|")
     for gap in found[: args.top]:
-        unaware = gap.responses[int(gap.means.mean(1).argmax())]
+        unaware = gap.responses[int(gap.mixed.argmax())]
         partners = ", ".join(mix[0] for mix in gap.setting.mixes)
         numbers = f"{gap.oracle:.2f} | {gap.unaware:.2f}, `{unaware}` | {gap.share:.0%}"
         print(f"| {gap.setting.name} | {partners} | {numbers} |")
@@ -523,12 +577,13 @@ def search(args: Args, measured: Callable[[Setting], Gap]) -> None:
 def solve(args: Args) -> None:
     print("| setting | oracle | unaware | and without a clock | gap | and without a clock |")
     print("|---|---:|---:|---:|---:|---:|")
-    for side, num_players, num_hares, max_cycles, view in SOLVED:
-        setting = small_hunt(side, num_players, num_hares, max_cycles, ANYONE, view)
+    for setting in SOLVED:
+        if args.settings and setting.name not in args.settings:
+            continue
         solved = solve_layouts(setting, args.layouts, args.seed)
         oracle, unaware = solved.gap()
         without_clock = solved.solve_without_clock()
-        means = [returns.mean().item() for returns in (oracle, unaware, without_clock)]
+        means = [(setting.shares @ returns).item() for returns in (oracle, unaware, without_clock)]
         shares = [f"{1 - mean / means[0]:.0%}" for mean in means[1:]]
         texts = [f"{mean:.3f}" for mean in means]
         print(f"| {setting.name} | {' | '.join(texts + shares)} |", flush=True)
@@ -539,19 +594,21 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.num_threads)
 
     def measured(setting: Setting) -> Gap:
-        responses = [*default_responses(setting.env_id), *args.responses]
+        scripts = default_responses(setting.env_id) if args.scripts else []
+        responses = [*scripts, *args.responses]
         return measure(setting, responses, args.episodes, args.seed)
 
+    known = [setting.name for setting in SOLVED] if args.solve else list(SETTINGS)
+    unknown = [name for name in args.settings if name not in known]
+    if unknown:
+        raise UsageError(f"--settings: expected {', '.join(known)}, got {', '.join(unknown)}: name one of these")
     if args.search:
         search(args, measured)
         return
     if args.solve:
         solve(args)
         return
-    unknown = [name for name in args.settings if name not in SETTINGS]
-    if unknown:
-        raise UsageError(f"--settings: expected {', '.join(SETTINGS)}, got {', '.join(unknown)}: name one of these")
-    for name in args.settings:
+    for name in args.settings or SETTINGS:
         gap = measured(SETTINGS[name])
         print(as_table(gap), flush=True)
         append_rows(gap, args.episodes, args.seed, Path(args.out))

@@ -171,7 +171,10 @@ FAVOURED_SHARE = 0.8  # how often the member in favour is drawn while a pool dri
 
 @dataclass(frozen=True)
 class PartnerSeats:
-    """What one --partners entry asks for: the members of a pool, a single one where there is nothing to draw."""
+    """What one --partners entry asks for: the members of a pool, a single one where there is nothing to draw.
+
+    A member that is drawn more often stands there more often.
+    """
 
     members: tuple[str, ...]
     seats: int
@@ -181,7 +184,8 @@ class PartnerSeats:
 def parse_partners(partners: tuple[str, ...]) -> list[PartnerSeats]:
     """("nearest_stag:2", "pool=random,runs/A:1") -> who may sit there, and in how many seats.
 
-    pool=: each seat draws its member; same=: one draw for all its seats. UsageError where that is not its form.
+    pool=: each seat draws its member; same=: one draw for all its seats; NAME*3: three times as often as others.
+    UsageError where that is not its form.
     """
     parsed = []
     for partner in partners:
@@ -193,11 +197,19 @@ def parse_partners(partners: tuple[str, ...]) -> list[PartnerSeats]:
         if not is_pool or kind not in ("pool", "same"):
             parsed.append(PartnerSeats((who,), int(seats)))
             continue
-        members = tuple(names.split(","))
-        if "" in members or len(set(members)) < len(members):
-            raise UsageError(f"--partners expects different members, like pool=random,stay:2, got {partner!r}")
+        weights = dict(_name_and_weight(member) for member in names.split(","))
+        if "" in weights or len(weights) < len(names.split(",")) or 0 in weights.values():
+            raise UsageError(f"--partners expects different members, like pool=random,stay*3:2, got {partner!r}")
+        members = tuple(name for name, weight in weights.items() for _ in range(weight))
         parsed.append(PartnerSeats(members, int(seats), kind == "same"))
     return parsed
+
+
+def _name_and_weight(member: str) -> tuple[str, int]:
+    name, star, weight = member.rpartition("*")
+    if star and weight.isascii() and weight.isdecimal():
+        return name, int(weight)
+    return member, 1
 
 
 class Partners:

@@ -84,6 +84,16 @@ def test_measured_gaps_of_known_motives():
     assert 0.1 < gap.share < 0.15
 
 
+def test_mixes_may_be_met_more_or_less_often():
+    setting = small_hunt(4, 2, 1, 8, ("nearest_stag", "waits_at_stag"), weights=(1, 3))
+    assert setting.pool == ("same=nearest_stag*1,waits_at_stag*3:1",)
+    gap = Gap(setting, ["stag", "hare"], torch.tensor([[5.0, 0.0], [1.0, 1.0]]), torch.zeros(2, 2))
+    assert gap.oracle == 2.0 and gap.unaware == 1.25 and gap.share == 0.375
+    # known by heart: with time enough the oracle takes the stag with one and the hare beside the other
+    known, unaware = solve_layouts(setting, 1, 1).gap()
+    assert known.tolist() == pytest.approx([5, 1]) and setting.shares @ unaware == pytest.approx(1.25, abs=0.05)
+
+
 def test_a_pool_draws_the_mixes():
     assert HUNT.pool == ("same=nearest_stag,nearest_hare:1",)
     mixed = Setting("x", "stag_hunt", {}, (*alike(3, "stay"), ("stay:1", "random:2")))

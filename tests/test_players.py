@@ -135,10 +135,12 @@ def test_partners_are_parsed():
     ]
     pools = parse_partners(("pool=random,runs/a:b:2", "same=stay,random:1"))
     assert pools == [PartnerSeats(("random", "runs/a:b"), 2), PartnerSeats(("stay", "random"), 1, same=True)]
+    weighted = parse_partners(("same=random*2,runs/a*b:1",))
+    assert weighted == [PartnerSeats(("random", "random", "runs/a*b"), 1, same=True)]
     for wrong in ("random", "random:", ":1", "random:0", "random:-1", "random:1.5", "random:²"):
         with pytest.raises(UsageError, match="NAME:SEATS"):
             parse_partners((wrong,))
-    for wrong in ("pool=random,random:2", "pool=:1", "pool=random,,stay:1", "same=stay,:1"):
+    for wrong in ("pool=random,random:2", "pool=:1", "pool=random,,stay:1", "same=stay,:1", "pool=stay*0,random:1"):
         with pytest.raises(UsageError, match="different members"):
             parse_partners((wrong,))
 
