@@ -442,15 +442,28 @@ class SolvedHunt:
         return torch.stack(policy[::-1]), values[:, self.starts].mean(1)
 
     def solve(self, weights: Tensor, visits: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:
-        """Improves until nothing changes: the visits [T, M, S] of a policy, and what it returns [M]."""
+        """Improves until nothing changes: a policy [T, S], and what it returns [M]. visits [T, M, S]: of the first."""
         returns = torch.full((len(self.names),), -math.inf)
+        policy = torch.zeros(0)
         for _ in range(rounds):
-            policy, better = self.improve(visits, weights)
+            new_policy, better = self.improve(visits, weights)
             if weights @ better <= weights @ returns + 1e-5:
                 break
-            returns = better
+            policy, returns = new_policy, better
             visits = self.visits(policy)
-        return visits, returns
+        return policy, returns
+
+    def best_switch(self, policies: list[Tensor]) -> Tensor:
+        """The best policy that follows one of these [T, S] at first and another from some step on."""
+        best, most = policies[0], -math.inf
+        for first, then in itertools.permutations(policies, 2):
+            for t in range(1, self.max_cycles):
+                policy = torch.cat([first[:t], then[t:]])
+                _, returns = self.improve(self.visits(policy), self.shares)
+                mean = (self.shares @ returns).item()
+                if mean > most:
+                    best, most = policy, mean
+        return best
 
     def solve_without_clock(self, rounds: int = 60, step_size: float = 2.0) -> Tensor:
         """The best policy found that sees no clock either, by natural policy gradient from uniform on: returns [M].
@@ -502,7 +515,9 @@ class SolvedHunt:
         of_each = [self.solve(weights, everywhere) for weights in torch.eye(M)]
         known = torch.stack([returns[m] for m, (_, returns) in enumerate(of_each)])
         unaware = torch.zeros(M)
-        for visits in [everywhere, *(visits for visits, _ in of_each)]:
+        policies = [policy for policy, _ in of_each]
+        begun = [*policies, self.best_switch(policies)]
+        for visits in [everywhere, *map(self.visits, begun)]:
             _, returns = self.solve(self.shares, visits)
             if self.shares @ returns > self.shares @ unaware:
                 unaware = returns
