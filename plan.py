@@ -309,7 +309,12 @@ class LearnedWorld:
 class TrueWorld:
     """The stag hunt itself, put into the position that a view shows. (Others can offer the same two methods.)"""
 
-    def __init__(self, env: VecEnv, env_kwargs: dict[str, Any], eyes: Eyes):
+    def __init__(
+        self,
+        env: VecEnv,
+        env_kwargs: dict[str, Any],
+        eyes: Eyes,
+    ):
         self.eyes = eyes
         options = getattr(env, "options", None)
         if options is None and env.env_id in stag_hunt.PRESETS:
@@ -457,18 +462,10 @@ class LearnedOpponents:
         summed = F.embedding_bag(cells, encoder.embed.weight, mode="sum")
         return F.relu_(summed + encoder.bias)
 
-    def logits(
-        self,
-        seen: Seen,
-        rows: Tensor,
-        agents: Tensor,
-        masks: Tensor,
-        future: Future,
-        root: Root,
-    ) -> Tensor:
+    def logits(self, now: Now, rows: Tensor, agents: Tensor, masks: Tensor) -> Tensor:
         """What agents [Q] (ego order) do in positions rows [Q] of futures; masks [Q, n] -> [Q, n]"""
-        which, t = future.root[rows], future.t[rows]
-        mind = root.mind[which, agents]  # [Q, D] or [Q, G]
+        seen, which, t = now.seen, now.future.root[rows], now.future.t[rows]
+        mind = now.root.mind[which, agents]  # [Q, D] or [Q, G]
         if self.is_folded:
             features = self.features(seen, rows, agents)
             before = torch.addmm(mind, features, self.folded.T)
@@ -486,7 +483,14 @@ class LearnedOpponents:
         logits = self.model.policy[2](F.relu_(before))
         return logits.masked_fill(~masks, -torch.inf)
 
-    def logits_of(self, z: Tensor, seen: Seen, rows: Tensor, masks: Tensor, t: Tensor) -> Tensor:
+    def logits_of(
+        self,
+        z: Tensor,
+        seen: Seen,
+        rows: Tensor,
+        masks: Tensor,
+        t: Tensor,
+    ) -> Tensor:
         """Of the own seat in positions rows [Q], were this its z [Q, Z]: the MOA as a policy. -> [Q, n]"""
         if self.is_folded:
             features = self.features(seen, rows, torch.zeros_like(rows))
@@ -511,7 +515,12 @@ class LearnedOpponents:
 class TrueOpponents:
     """The scripts that sit in the other seats."""
 
-    def __init__(self, scripts: list[str | None], env: VecEnv, env_kwargs: dict[str, Any]):
+    def __init__(
+        self,
+        scripts: list[str | None],
+        env: VecEnv,
+        env_kwargs: dict[str, Any],
+    ):
         """scripts: by seat, None for the planner's"""
         self.scripts, self.env_id, self.env_kwargs = scripts, env.env_id, env_kwargs
         self.device = env.device
@@ -525,18 +534,11 @@ class TrueOpponents:
     def mind(self, history: Tensor) -> Tensor:
         return history
 
-    def logits(
-        self,
-        seen: Seen,
-        rows: Tensor,
-        agents: Tensor,
-        masks: Tensor,
-        future: Future,
-        root: Root,
-    ) -> Tensor:
+    def logits(self, now: Now, rows: Tensor, agents: Tensor, masks: Tensor) -> Tensor:
         """As LearnedOpponents.logits."""
-        seats = (root.seats[future.root[rows]] + agents) % len(self.scripts)  # [Q]
-        views = seen.everyone[rows, agents]
+        own_seats = now.root.seats[now.future.root[rows]]
+        seats = (own_seats + agents) % len(self.scripts)  # [Q]
+        views = now.seen.everyone[rows, agents]
         probs = masks.float()
         for name in set(self.scripts) - {None}:
             of_script = torch.tensor([script == name for script in self.scripts], device=views.device)
@@ -564,26 +566,31 @@ class Future(NamedTuple):
         return Future(*(None if x is None else x[index] for x in self))
 
 
+class Now(NamedTuple):
+    """Futures that are moved on by one step, for those who are asked what they do in some of them."""
+
+    seen: Seen
+    future: Future
+    root: Root
+
+
 class Scripted:
     """A scripted player as a base policy."""
 
     count = 1  # base policies that this stands for
 
-    def __init__(self, name: str, env: VecEnv, env_kwargs: dict[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        env: VecEnv,
+        env_kwargs: dict[str, Any],
+    ):
         self.names = [name]
         self.env_id, self.env_kwargs = env.env_id, env_kwargs
 
-    def logits(
-        self,
-        seen: Seen,
-        rows: Tensor,
-        masks: Tensor,
-        future: Future,
-        root: Root,
-        which: Tensor,
-    ) -> Tensor:
+    def logits(self, now: Now, rows: Tensor, masks: Tensor, which: Tensor) -> Tensor:
         """Of the own seat in positions rows [Q]; masks [Q, A, n]; which [Q]: of the `count` policies. -> [Q, n]"""
-        own = seen.views[rows, 0]
+        own = now.seen.views[rows, 0]
         probs = script_probs(self.names[0], self.env_id, self.env_kwargs, own, masks[:, 0])
         return probs.log()
 
@@ -596,18 +603,10 @@ class Subgoals:
         self.count = len(centres)
         self.names = [f"subgoal {c}" for c in range(self.count)]
 
-    def logits(
-        self,
-        seen: Seen,
-        rows: Tensor,
-        masks: Tensor,
-        future: Future,
-        root: Root,
-        which: Tensor,
-    ) -> Tensor:
+    def logits(self, now: Now, rows: Tensor, masks: Tensor, which: Tensor) -> Tensor:
         """As Scripted.logits."""
         z = self.centres[which]
-        return self.opponents.logits_of(z, seen, rows, masks[:, 0], future.t[rows])
+        return self.opponents.logits_of(z, now.seen, rows, masks[:, 0], now.future.t[rows])
 
 
 class Trained:
@@ -618,22 +617,14 @@ class Trained:
     def __init__(self, policy: Policy, name: str):
         self.policy, self.names = policy, [name]
 
-    def logits(
-        self,
-        seen: Seen,
-        rows: Tensor,
-        masks: Tensor,
-        future: Future,
-        root: Root,
-        which: Tensor,
-    ) -> Tensor:
+    def logits(self, now: Now, rows: Tensor, masks: Tensor, which: Tensor) -> Tensor:
         """As Scripted.logits; moves the memories on."""
-        future_here = future.take(rows)
-        seats = root.seats[future_here.root]  # [Q]
-        step = seen_by_seat(future_here, seen.everyone[rows], masks, seats)
+        future_here = now.future.take(rows)
+        seats = now.root.seats[future_here.root]  # [Q]
+        step = seen_by_seat(future_here, now.seen.everyone[rows], masks, seats)
         actor = self.policy.actor
         _, dist, _, memory = hyper_mappo.act(actor, step, step.episode_over, future_here.memory)
-        future.memory[rows] = memory
+        now.future.memory[rows] = memory
         each = torch.arange(len(seats), device=seats.device)
         return dist[each, seats]
 
@@ -703,7 +694,12 @@ class ValueHead(nn.Module):
         return self.layers(everyone[:, 0].float())[:, 0]
 
 
-def fit_values(path: str, device: torch.device, updates: int = 2000, batch_size: int = 512) -> ValueHead:
+def fit_values(
+    path: str,
+    device: torch.device,
+    updates: int = 2000,
+    batch_size: int = 512,
+) -> ValueHead:
     """A value head on the values of a dataset; prints its error on held-out episodes. UsageError: it has none."""
     dataset = load_dataset(path)
     if dataset.values is None:
@@ -813,7 +809,12 @@ class Planner:
         return actions, memory
 
     @torch.no_grad()
-    def remember(self, step: EnvStep, actions: Tensor, memory: dict[str, Any]) -> dict[str, Any]:
+    def remember(
+        self,
+        step: EnvStep,
+        actions: Tensor,
+        memory: dict[str, Any],
+    ) -> dict[str, Any]:
         """What everyone did becomes part of the beliefs, of those who are still there."""
         start = time.perf_counter()
         N, A = step.active.shape
@@ -846,7 +847,13 @@ class Planner:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def root(self, step: EnvStep, memory: dict[str, Any], s: int, rows: Tensor) -> Root:
+    def root(
+        self,
+        step: EnvStep,
+        memory: dict[str, Any],
+        s: int,
+        rows: Tensor,
+    ) -> Root:
         """The positions of the s-th planning seat in envs `rows` [R]."""
         seat = self.seats[s]
         seats = torch.full_like(rows, seat)
@@ -877,7 +884,7 @@ class Planner:
             seen = self.world.look(future.views)
             masks = self.world.masks(seen, future.active)
             masks[:, 0] = root.masks
-            logits = self.own_logits(seen, masks, future, root)
+            logits = self.own_logits(Now(seen, future, root), masks)
             return draw(logits, gumbel(logits.shape, logits.device))
         if self.args.method == "mcts":
             return self.search(root)
@@ -917,7 +924,7 @@ class Planner:
         seen = self.world.look(future.views)
         masks = self.world.masks(seen, future.active)
         masks[:, 0] = root.masks[each]
-        logits = self.own_logits(seen, masks, future, root)
+        logits = self.own_logits(Now(seen, future, root), masks)
         return logits.softmax(1).view(R, self.num_bases, n)
 
     def begin(self, root: Root, base: int) -> Future:
@@ -979,11 +986,11 @@ class Planner:
             seen = self.world.look(future.views)
             masks = self.world.masks(seen, future.active)
             noise = gumbel((num_noises, *masks.shape[1:]), returns.device)
-            actions = self.others_actions(seen, masks, future, root, noise)
+            actions = self.others_actions(Now(seen, future, root), masks, noise)
             if h == 0 and first is not None:
                 actions[:, 0] = first
             else:
-                own = self.own_logits(seen, masks, future, root)
+                own = self.own_logits(Now(seen, future, root), masks)
                 actions[:, 0] = draw(own, noise[future.noise, 0])
             future, reward, goes_on = self.move(seen, future, actions)
             returns.index_add_(0, future.out, discount * reward)
@@ -997,7 +1004,12 @@ class Planner:
             returns.index_add_(0, future.out, discount * later)
         return returns
 
-    def move(self, seen: Seen, future: Future, actions: Tensor) -> tuple[Future, Tensor, Tensor]:
+    def move(
+        self,
+        seen: Seen,
+        future: Future,
+        actions: Tensor,
+    ) -> tuple[Future, Tensor, Tensor]:
         """One step of the world: the futures after it, the own reward [B], which of them go on [B] bool."""
         views, reward, done, active = self.world.step(seen, actions, future.active)
         t = future.t + 1
@@ -1006,30 +1018,40 @@ class Planner:
             goes_on = goes_on & (t < self.episode_limit)
         return future._replace(views=views, active=active, t=t), reward, goes_on
 
-    def others_actions(self, seen: Seen, masks: Tensor, future: Future, root: Root, noise: Tensor) -> Tensor:
+    def others_actions(
+        self,
+        now: Now,
+        masks: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
         """Sampled actions [B, A] of the others, 0 of those who left and of the own seat.
 
         noise [_, A, n]: futures with the same of it share their luck.
         """
+        future = now.future
         actions = torch.zeros(future.active.shape, dtype=torch.int64, device=masks.device)
         rows, others = future.active[:, 1:].nonzero(as_tuple=True)
         if not len(rows):
             return actions
         agents = others + 1
-        logits = self.opponents.logits(seen, rows, agents, masks[rows, agents], future, root)
+        logits = self.opponents.logits(now, rows, agents, masks[rows, agents])
         actions[rows, agents] = draw(logits, noise[future.noise[rows], agents])
         return actions
 
-    def own_logits(self, seen: Seen, masks: Tensor, future: Future, root: Root) -> Tensor:
+    def own_logits(
+        self,
+        now: Now,
+        masks: Tensor,
+    ) -> Tensor:
         """Of the base policy that each future goes on with. [B, n]"""
         logits = torch.empty(masks[:, 0].shape, device=masks.device)
         first = 0
         for base in self.bases:
-            which = future.base - first
+            which = now.future.base - first
             mine = (which >= 0) & (which < base.count)
             rows = mine.nonzero()[:, 0]
             if len(rows):
-                logits[rows] = base.logits(seen, rows, masks[rows], future, root, which[rows])
+                logits[rows] = base.logits(now, rows, masks[rows], which[rows])
             first += base.count
         return logits
 
@@ -1067,9 +1089,9 @@ class Planner:
             masks = self.world.masks(seen, future.active)
             if depth == 0:
                 masks[:, 0] = root.masks
-            prior = self.own_logits(seen, masks, future, root).softmax(1)
+            prior = self.own_logits(Now(seen, future, root), masks).softmax(1)
             noise = gumbel((T, *masks.shape[1:]), node.device)
-            actions = self.others_actions(seen, masks, future, root, noise)
+            actions = self.others_actions(Now(seen, future, root), masks, noise)
             tree = future.out
             chosen = trees.choose(tree, node, prior, masks[:, 0], self.args.exploration)
             actions[:, 0] = chosen
@@ -1106,14 +1128,27 @@ def join(futures: list[Future]) -> Future:
 class Trees:
     """T search trees that grow by one node a simulation. Node 0 is the root of each."""
 
-    def __init__(self, num_trees: int, simulations: int, num_actions: int, device: torch.device):
+    def __init__(
+        self,
+        num_trees: int,
+        simulations: int,
+        num_actions: int,
+        device: torch.device,
+    ):
         shape = (num_trees, simulations + 1, num_actions)
         self.visits = torch.zeros(shape, device=device)  # [T, nodes, n]
         self.sums = torch.zeros(shape, device=device)  # of the returns that followed
         self.children = torch.zeros(shape, dtype=torch.int64, device=device)  # 0: none yet
         self.size = torch.ones(num_trees, dtype=torch.int64, device=device)  # [T], nodes so far
 
-    def choose(self, tree: Tensor, node: Tensor, prior: Tensor, legal: Tensor, exploration: float) -> Tensor:
+    def choose(
+        self,
+        tree: Tensor,
+        node: Tensor,
+        prior: Tensor,
+        legal: Tensor,
+        exploration: float,
+    ) -> Tensor:
         """PUCT in nodes [B] of trees [B]; prior [B, n], legal [B, n] bool -> actions [B]
 
         Values are scaled to what the tree has seen, 0 to 1 (Schrittwieser et al. 2020, appendix B); an action that was
@@ -1139,7 +1174,12 @@ class Trees:
         known = high > low
         return torch.where(known, low, 0.0), torch.where(known, high, 1.0)
 
-    def descend(self, tree: Tensor, node: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def descend(
+        self,
+        tree: Tensor,
+        node: Tensor,
+        action: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """The nodes [B] that actions [B] lead to, and which of them are new [B] bool. A tree is in `tree` once."""
         child = self.children[tree, node, action]
         is_new = child == 0
@@ -1148,7 +1188,11 @@ class Trees:
         self.size[tree] += is_new
         return child, is_new
 
-    def back_up(self, path: list[tuple[Tensor, ...]], returns: Tensor) -> None:
+    def back_up(
+        self,
+        path: list[tuple[Tensor, ...]],
+        returns: Tensor,
+    ) -> None:
         """path: at each depth trees, nodes, actions, the return before them and its discount, all [B]; returns [T]"""
         for tree, node, action, before, discount in path:
             self.visits[tree, node, action] += 1
@@ -1195,7 +1239,11 @@ def check_fits(
         raise UsageError(f"{what} was trained with {its}, but {env.env_id} has {ours}: use one trained on this env")
 
 
-def read_world_model(path: str, env: VecEnv, env_kwargs: dict[str, Any]) -> WorldModel:
+def read_world_model(
+    path: str,
+    env: VecEnv,
+    env_kwargs: dict[str, Any],
+) -> WorldModel:
     """UsageError: no world model, or of another env."""
     model = load_world_model(path, env.device)
     config = model.config
@@ -1317,7 +1365,12 @@ def make_bases(
     return bases
 
 
-def make_planner(args: Args, env: VecEnv, env_kwargs: dict[str, Any], seats: tuple[int, ...]) -> Planner:
+def make_planner(
+    args: Args,
+    env: VecEnv,
+    env_kwargs: dict[str, Any],
+    seats: tuple[int, ...],
+) -> Planner:
     """A planner for some seats of an env. UsageError: something does not fit."""
     spec = describe_obs(
         {
@@ -1373,7 +1426,13 @@ def seat_partners(args: Args, env: VecEnv) -> Partners:
 # ---------------------------------------------------------------- playing
 
 
-def play_episodes(planner: Planner, env: VecEnv, partners: Partners, args: Args, stop: StopSignal) -> list[float]:
+def play_episodes(
+    planner: Planner,
+    env: VecEnv,
+    partners: Partners,
+    args: Args,
+    stop: StopSignal,
+) -> list[float]:
     """Returns of the planning seat, in the order in which episodes ended; fewer where it was stopped.
 
     Every env plays a fixed share of the episodes, so that short ones are not over-represented.

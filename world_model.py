@@ -471,7 +471,12 @@ class WorldModel(nn.Module):
             )
 
     @torch.no_grad()
-    def predict(self, obs: Tensor, joint_action: Tensor, with_mask: bool = True) -> dict[str, Tensor]:
+    def predict(
+        self,
+        obs: Tensor,
+        joint_action: Tensor,
+        with_mask: bool = True,
+    ) -> dict[str, Tensor]:
         """All there is to know: next_obs and expected_obs [B, *O], reward [B], done [B] bool, done_prob [B], and
         action_mask [B, n] bool (legal in next_obs) where the env has masks. Inputs as in `step`."""
         self.check_inputs(obs, joint_action, 1)
@@ -499,7 +504,11 @@ class WorldModel(nn.Module):
         z = self.encode(planes)
         return self.read_mask(z, planes) > 0
 
-    def step(self, obs: Tensor, joint_action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        self,
+        obs: Tensor,
+        joint_action: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """obs [B, *O], joint_action [B, A] int64 (or [B, A, n] float), agent i first -> next_obs [B, *O] (snapped,
         in the observation's dtype), reward [B], done [B] bool: agent i's exit; next_obs means nothing where done."""
         if self.simulator:
@@ -508,7 +517,11 @@ class WorldModel(nn.Module):
         out = self.predict(obs, joint_action, with_mask=False)
         return out["next_obs"], out["reward"], out["done"]
 
-    def rollout(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rollout(
+        self,
+        obs: Tensor,
+        actions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Imagines H steps open loop: obs [B, *O], actions [B, H, A(, n)] -> obs [B, H, *O], rewards [B, H],
         dones [B, H]. After its exit an agent sees zeros, is paid zero and stays done."""
         self.check_inputs(obs, actions, 2)
@@ -537,7 +550,12 @@ class CellLists(NamedTuple):
 class CellLister:
     """Makes such lists of views whose first planes are the agents'."""
 
-    def __init__(self, obs_shape: tuple[int, ...], num_agents: int, device: torch.device):
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        num_agents: int,
+        device: torch.device,
+    ):
         """obs_shape: height, width, planes"""
         height, width, num_planes = obs_shape
         num_cells = height * width
@@ -666,7 +684,12 @@ class Simulator:
         return self.legal_at(lists.cells, lists.places[:, 0], lists.present[:, 0])
 
     @torch.no_grad()
-    def legal_at(self, cells: Tensor, place: Tensor, there: Tensor | None = None) -> Tensor:
+    def legal_at(
+        self,
+        cells: Tensor,
+        place: Tensor,
+        there: Tensor | None = None,
+    ) -> Tensor:
         """Cells [B, M] int32 that are set in views whose agent is at place [B], if `there` [B] bool -> [B, n] bool"""
         index = cells * self.num_cells + place[:, None].int()
         first = F.embedding_bag(index, self.place_table, mode="sum")  # [B, D]
@@ -680,12 +703,21 @@ class Simulator:
 
     # -- the step
 
-    def step(self, obs: Tensor, joint_action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        self,
+        obs: Tensor,
+        joint_action: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As WorldModel.step."""
         return self.step_lists(obs, self.list_cells(obs), joint_action)
 
     @torch.no_grad()
-    def step_lists(self, obs: Tensor, lists: CellLists, joint_action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step_lists(
+        self,
+        obs: Tensor,
+        lists: CellLists,
+        joint_action: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same where the lists are at hand."""
         B, C, D = len(obs), self.num_cells, self.hidden
         cells, places, present = lists
@@ -720,7 +752,13 @@ class Simulator:
         done = self.model.done_head(summary)[:, 0] > 0
         return next_obs.view_as(obs), self.model.reward_value(reward), done
 
-    def summarise(self, x: Tensor, obs: Tensor, lists: CellLists, action: Tensor) -> Tensor:
+    def summarise(
+        self,
+        x: Tensor,
+        obs: Tensor,
+        lists: CellLists,
+        action: Tensor,
+    ) -> Tensor:
         """What the reward and exit heads read: x [B, C, D], action [B, A], rows of `mix_table` -> [B, 3D + P + J]"""
         each = torch.arange(len(obs), device=obs.device)
         own = lists.places[:, 0]
@@ -970,7 +1008,11 @@ def read_data(args: Args, device: torch.device) -> TrainingData:
     )
 
 
-def data_config(dataset: Dataset, train_rows: np.ndarray, args: Args) -> dict[str, Any]:
+def data_config(
+    dataset: Dataset,
+    train_rows: np.ndarray,
+    args: Args,
+) -> dict[str, Any]:
     """The model's config for this dataset; what is measured in it is measured on the training rows only."""
     meta = dataset.meta
     spec = describe_obs(meta)
@@ -1156,7 +1198,12 @@ def evaluate(
     }
 
 
-def score_batch(model: WorldModel, samples: Samples, targets: Targets, pairs: Pairs) -> dict[str, Tensor]:
+def score_batch(
+    model: WorldModel,
+    samples: Samples,
+    targets: Targets,
+    pairs: Pairs,
+) -> dict[str, Tensor]:
     """What `evaluate` sums up: a number of every sample, each [B]."""
     target = model.to_planes(samples.next_obs[pairs])
     dones = samples.terminations[pairs]
@@ -1203,7 +1250,11 @@ def load_resumed(args: Args) -> dict[str, Any] | None:
     return load_checkpoint(args.resume, CHECKPOINT_FORMAT, needs=SAVED)
 
 
-def check_same_data(args: Args, checkpoint: dict[str, Any], data: TrainingData) -> None:
+def check_same_data(
+    args: Args,
+    checkpoint: dict[str, Any],
+    data: TrainingData,
+) -> None:
     """UsageError unless this is the data that the run was trained on; where it lies does not matter."""
     if checkpoint["config"] != data.config or not same_data(checkpoint["data_meta"], data.dataset):
         raise UsageError(f"{args.data} is not the data that {args.resume} was trained on: give that, or start anew")
@@ -1256,7 +1307,12 @@ def resolve(args: Args, data: TrainingData) -> Args:
     )
 
 
-def describe_run(data: TrainingData, model: WorldModel, args: Args, device: torch.device) -> str:
+def describe_run(
+    data: TrainingData,
+    model: WorldModel,
+    args: Args,
+    device: torch.device,
+) -> str:
     """Two lines on what is trained on what."""
     config = data.config
     no_gpu = " (no CUDA device found)" if args.cuda and device.type == "cpu" else ""
@@ -1295,7 +1351,11 @@ def follow_slowly(target_encoder: nn.Module, encoder: nn.Module, tau: float) -> 
         slow.lerp_(fast, tau)
 
 
-def check_finite(losses: dict[str, float], update: int, run_dir: Path) -> None:
+def check_finite(
+    losses: dict[str, float],
+    update: int,
+    run_dir: Path,
+) -> None:
     """FloatingPointError where a loss is no number any more."""
     bad = [f"{name} is {x}" for name, x in losses.items() if not math.isfinite(x)]
     if bad:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -136,7 +137,7 @@ SOLVED = (
     one_in_four(4, 6),
     one_in_four(4, 8),
     one_in_four(4, 10),
-    one_in_four(5, 12),
+    one_in_four(5, 9),
 )
 
 
@@ -149,7 +150,7 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         one_in_four(4, 10),
-        one_in_four(5, 12),
+        one_in_four(5, 9),
         small_hunt(4, 3, 2, 5, ANYONE),
         small_hunt(5, 3, 2, 6, ANYONE),
         plain("stag_hunt-4x4-4h1s", 3, *HUNTERS, "random"),
@@ -174,9 +175,9 @@ class Watcher:
         A = step.active.shape[1]
         players = step.state[..., :A].float()  # [N, H, W, A]
         stags = step.state[..., A + 1].float()  # [N, H, W]
-        near = torch.nn.functional.max_pool2d(stags, 3, stride=1, padding=1) if self.reach else stags
-        for _ in range(1, self.reach):
-            near = torch.nn.functional.max_pool2d(near, 3, stride=1, padding=1)
+        near = stags
+        for _ in range(self.reach):
+            near = F.max_pool2d(near, 3, stride=1, padding=1)
         there = torch.einsum("nhwa,nhw->na", players, near) > 0  # [N, A]
         others = there.sum(1, keepdim=True) - there.long()  # [N, A]
         to_stag, _ = self.stag.act(step, None)
@@ -184,7 +185,12 @@ class Watcher:
         return torch.where(others > 0, to_stag, to_hare)
 
 
-def make_response(name: str, env: VecEnv, setting: Setting, mix: tuple[str, ...]) -> Any:
+def make_response(
+    name: str,
+    env: VecEnv,
+    setting: Setting,
+    mix: tuple[str, ...],
+) -> Any:
     """A player by its name: watch-REACH, a script, a run folder, plan:RUN for one of plan.py's."""
     kind, _, reach = name.partition("-")
     if kind == "watch" and reach.isdecimal():
@@ -269,7 +275,12 @@ class Gap:
         return (self.oracle - self.unaware) / self.oracle
 
 
-def measure(setting: Setting, responses: list[str], episodes: int, seed: int) -> Gap:
+def measure(
+    setting: Setting,
+    responses: list[str],
+    episodes: int,
+    seed: int,
+) -> Gap:
     means, intervals = [], []
     for response in responses:
         returns = [play(setting, response, mix, episodes, seed) for mix in setting.mixes]
@@ -293,7 +304,12 @@ def as_table(gap: Gap) -> str:
     return "\n".join(lines)
 
 
-def append_rows(gap: Gap, episodes: int, seed: int, path: Path) -> None:
+def append_rows(
+    gap: Gap,
+    episodes: int,
+    seed: int,
+    path: Path,
+) -> None:
     """Keeps what was measured, a row for each response and mix."""
     path.parent.mkdir(exist_ok=True)
     is_new = not path.exists()
@@ -342,7 +358,11 @@ class SolvedHunt:
             obs = torch.cat([part["obs"] for part in parts])
             self.looks = obs.flatten(1).unique(dim=0, return_inverse=True)[1]
 
-    def _tables(self, options: dict[str, Any], prey: Tensor) -> dict[str, Tensor]:
+    def _tables(
+        self,
+        options: dict[str, Any],
+        prey: Tensor,
+    ) -> dict[str, Tensor]:
         """One layout, its states from 0 on."""
         cells, alive = self._all_states(prey)
         env = stag_hunt.StagHuntVecEnv(len(cells), "cpu", 0, **options)
@@ -355,9 +375,11 @@ class SolvedHunt:
                 joint = (joint[..., None] * others[:, None]).flatten(1)
             partner.append(joint)  # [S, B]
         ordered = cells.sort(1).values
-        apart = (ordered[:, 1:] != ordered[:, :-1]).all(1)
-        after = [self._after(options, cells, alive, own) for own in range(stag_hunt.NUM_ACTIONS)]
-        follows, rewards, goes_on = (torch.stack(part, 1) for part in zip(*after, strict=True))
+        apart = (ordered.diff(dim=1) != 0).all(1)
+        actions = range(stag_hunt.NUM_ACTIONS)
+        after = [self._after(options, cells, alive, own) for own in actions]
+        columns = zip(*after, strict=True)
+        follows, rewards, goes_on = (torch.stack(column, 1) for column in columns)
         return {
             "obs": step.obs[:, 0],
             "starts": apart & alive.all(1),
@@ -367,14 +389,24 @@ class SolvedHunt:
             "goes_on": goes_on,
         }
 
-    def _after(self, options: dict[str, Any], cells: Tensor, alive: Tensor, own: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _after(
+        self,
+        options: dict[str, Any],
+        cells: Tensor,
+        alive: Tensor,
+        own: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What follows an action of the learner and all of its partners: state, reward, whether it goes on. [S, B]"""
         action = torch.arange(stag_hunt.NUM_ACTIONS)
-        joint = torch.cartesian_prod(torch.tensor([own]), *[action] * (self.num_players - 1))  # [B, A]
+        partners = [action] * (self.num_players - 1)
+        joint = torch.cartesian_prod(torch.tensor([own]), *partners)  # [B, A]
         B = len(joint)
-        env = stag_hunt.StagHuntVecEnv(len(cells) * B, "cpu", 0, **{**options, "view": None})
-        env.set_positions(cells.repeat_interleave(B, 0), alive.repeat_interleave(B, 0))
-        step = env.step(joint.repeat(len(cells), 1))
+        all_seen = {**options, "view": None}
+        env = stag_hunt.StagHuntVecEnv(len(cells) * B, "cpu", 0, **all_seen)
+        cells = cells.repeat_interleave(B, 0)
+        alive = alive.repeat_interleave(B, 0)
+        env.set_positions(cells, alive)
+        step = env.step(joint.repeat(len(cells) // B, 1))
         last = env.state_dict()["last"]
         follows = self._index(last["final_cells"], last["final_alive"])
         parts = follows, step.rewards[:, 0], ~step.terminations[:, 0]
@@ -387,8 +419,10 @@ class SolvedHunt:
         rows = torch.cartesian_prod(*[cell] * self.num_players, *[flag] * num_flags)
         players = rows[:, : self.num_players]
         learner_is_there = torch.ones(len(rows), 1, dtype=torch.bool)
-        alive = torch.cat([learner_is_there, rows[:, self.num_players :].bool()], 1)
-        return torch.cat([players, prey.expand(len(rows), -1)], 1), alive
+        others_there = rows[:, self.num_players :].bool()
+        alive = torch.cat([learner_is_there, others_there], 1)
+        cells = torch.cat([players, prey.expand(len(rows), -1)], 1)
+        return cells, alive
 
     def _index(self, cells: Tensor, alive: Tensor) -> Tensor:
         """Which state of a layout it is. cells, alive [B, K] -> [B]"""
@@ -421,7 +455,11 @@ class SolvedHunt:
             mass = torch.zeros_like(mass).index_add(1, follows.flatten(), moved.flatten(1))
         return torch.stack(visits)
 
-    def improve(self, visits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def improve(
+        self,
+        visits: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """From the last step back, the action that is best where `visits` [T, M, S] come, scripts weighted by [M].
 
         Returns policy [T, S] and what it returns against each script [M]. It is never worse than the policy of the
@@ -439,9 +477,15 @@ class SolvedHunt:
             pick = actions[None, :, None].expand(len(self.names), -1, 1)
             values = action_values.gather(2, pick)[..., 0]
             policy.append(actions)
-        return torch.stack(policy[::-1]), values[:, self.starts].mean(1)
+        returns = values[:, self.starts].mean(1)
+        return torch.stack(policy[::-1]), returns
 
-    def solve(self, weights: Tensor, visits: Tensor, rounds: int = 12) -> tuple[Tensor, Tensor]:
+    def solve(
+        self,
+        weights: Tensor,
+        visits: Tensor,
+        rounds: int = 12,
+    ) -> tuple[Tensor, Tensor]:
         """Improves until nothing changes: a policy [T, S], and what it returns [M]. visits [T, M, S]: of the first."""
         returns = torch.full((len(self.names),), -math.inf)
         policy = torch.zeros(0)
@@ -465,7 +509,11 @@ class SolvedHunt:
                     best, most = policy, mean
         return best
 
-    def solve_without_clock(self, rounds: int = 60, step_size: float = 2.0) -> Tensor:
+    def solve_without_clock(
+        self,
+        rounds: int = 60,
+        step_size: float = 2.0,
+    ) -> Tensor:
         """The best policy found that sees no clock either, by natural policy gradient from uniform on: returns [M].
 
         It may mix its actions: probabilities [looks, n], multiplied by exp(step_size x mean advantage) in each round.
@@ -511,9 +559,10 @@ class SolvedHunt:
     def gap(self) -> tuple[Tensor, Tensor]:
         """What the best policy for each script returns, and the best found for all of them: [M] each."""
         M = len(self.names)
-        everywhere = torch.full((self.max_cycles, M, len(self.starts)), 1 / len(self.starts))
+        S = len(self.starts)
+        everywhere = torch.full((self.max_cycles, M, S), 1 / S)
         of_each = [self.solve(weights, everywhere) for weights in torch.eye(M)]
-        known = torch.stack([returns[m] for m, (_, returns) in enumerate(of_each)])
+        known = torch.stack([returns for _, returns in of_each]).diagonal()
         unaware = torch.zeros(M)
         policies = [policy for policy, _ in of_each]
         begun = [*policies, self.best_switch(policies)]
@@ -542,7 +591,9 @@ def solve_layouts(setting: Setting, num_layouts: int, seed: int) -> SolvedHunt:
 
 def searched_settings() -> list[Setting]:
     """Small hunts, from ample to scarce: time, hares, partners who are of use."""
-    grid = itertools.product((4, 6), (2, 3), (1, 2), (5, 8, 12), (HUNTERS, ANYONE))
+    sides, players, hares = (4, 6), (2, 3), (1, 2)
+    max_cycles, pools = (5, 8, 12), (HUNTERS, ANYONE)
+    grid = itertools.product(sides, players, hares, max_cycles, pools)
     settings = []
     for side, num_players, num_hares, max_cycles, partners in grid:
         settings.append(small_hunt(side, num_players, num_hares, max_cycles, partners))

@@ -80,7 +80,7 @@ def measure(args: Args, method: str, partners: str) -> None:
     table = plan.seat_partners(plan_args, env)
     clock = Clock()
     clock.watch(planner.world, "step", "world model")
-    clock.watch(planner.world, "look", "lists of cells")
+    clock.watch(planner.eyes, "list_cells", "lists of cells")
     clock.watch(planner.world, "masks", "legal actions")
     clock.watch(planner.opponents, "logits", "model of other agents")
     clock.watch(planner, "own_logits", "base policies")

@@ -161,7 +161,7 @@ def test_folded_layers_say_what_the_model_says(folders):
         rows = torch.arange(64).repeat_interleave(3)
         agents = torch.arange(1, 4).repeat(64)
         masks = step.action_mask[rows, agents]
-        found = planner.opponents.logits(seen, rows, agents, masks, future, root)
+        found = planner.opponents.logits(plan.Now(seen, future, root), rows, agents, masks)
 
         obs = step.obs[rows, agents]  # (agents in ego order of seat 0)
         z = vae.encode(obs, history[rows, agents])
