@@ -499,6 +499,15 @@ def draw_obs(
             axis.add_patch(frame)
 
 
+def describe_actions(actions: Tensor) -> str:
+    """A joint action [A(, n)] as the title of a narrow picture; empty where it has no room."""
+    listed = actions.tolist()
+    if actions.is_floating_point():
+        listed = [[round(x, 2) for x in mine] for mine in listed]
+    title = f"actions {listed}"
+    return title if len(title) <= 60 else ""
+
+
 def draw_triplets(
     path: Path,
     inds: list[int],
@@ -518,7 +527,7 @@ def draw_triplets(
         done = bool(batch["dones"][i])
         pred_done = bool(pred["pred_dones"][i])
         draw_obs(row[0], now, spec)
-        row[0].set_title(f"actions {batch['actions'][i].tolist()}", fontsize=8)
+        row[0].set_title(describe_actions(batch["actions"][i]), fontsize=8)
         draw_obs(row[1], true, spec)
         row[1].set_title(f"true: reward {batch['rewards'][i]:.3f}{' exit' * done}", fontsize=8)
         # What an agent would see after its exit means nothing: it is neither drawn nor compared.
@@ -534,9 +543,12 @@ def draw_drift(path: Path, result: Numbers, drift: list[DriftStep], spec: ObsSpe
 
     figure, (drift_axis, channel_axis) = plt.subplots(1, 2, figsize=(10, 3.5))
     steps = range(1, len(drift) + 1)
-    drift_axis.plot(steps, [step.exact_match for step in drift], ".-")
-    drift_axis.set(xlabel="imagined steps", ylabel="exact match (blue)", ylim=(-0.02, 1.02))
-    drift_axis.set_title("open-loop drift, true actions")
+    drift_axis.set(xlabel="imagined steps", title="open-loop drift, true actions")
+    if "real" in spec.kinds:
+        drift_axis.set_yticks([])
+    else:
+        drift_axis.plot(steps, [step.exact_match for step in drift], ".-")
+        drift_axis.set(ylabel="exact match (blue)", ylim=(-0.02, 1.02))
     twin = drift_axis.twinx()
     errors = [max(step.obs_mse, 1e-9) for step in drift]
     twin.plot(steps, errors, "r.-", alpha=0.5)
