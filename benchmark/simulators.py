@@ -41,7 +41,7 @@ BATCH = "--num-envs 256 --num-steps 32 --eval-episodes 256 --ent-coef 0.005"
 DISPERSION = "vmas:dispersion?food_radius=0.15"
 # BenchMARL's arguments of the scenario, and the rollouts that its side has too.
 BALANCE = "vmas:balance?n_agents=4&package_mass=5&random_package_pos_on_line=true"
-BALANCE_ENVS, BALANCE_STEPS, BALANCE_UPDATES = 128, 64, 49
+BALANCE_ENVS, BALANCE_STEPS, BALANCE_UPDATES = 128, 64, 25
 BALANCE_FLAGS = (
     f"--env-id '{BALANCE}' --num-envs {BALANCE_ENVS} --num-steps {BALANCE_STEPS} "
     f"--total-timesteps {BALANCE_ENVS * BALANCE_STEPS * BALANCE_UPDATES} --eval-episodes 256"
@@ -49,12 +49,12 @@ BALANCE_FLAGS = (
 BENCHMARL = "BenchMARL"
 SUITES = {
     "simulators-dispersion": run.compare(
-        f"--env-id '{DISPERSION}' {BATCH} --total-timesteps 327680",
+        f"--env-id '{DISPERSION}' {BATCH} --total-timesteps 245760",
         SPECIALISE,
         3,
     ),
     "simulators-navigation": run.compare(
-        f"--env-id 'vmas:navigation?n_agents=4' {BATCH} --total-timesteps 327680",
+        f"--env-id 'vmas:navigation?n_agents=4' {BATCH} --total-timesteps 245760",
         SPECIALISE,
         3,
     ),
