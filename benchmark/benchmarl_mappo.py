@@ -1,17 +1,19 @@
-"""BenchMARL's MAPPO on genuine pursuit and on VMAS: needs a virtual environment of its own.
+"""BenchMARL's MAPPO on genuine pursuit and simple_spread, and on VMAS: needs a virtual environment of its own.
 
-Everything is BenchMARL's: its collector (of pursuit with one process for each env), its loss, its training loop, its
-csv log. Only pursuit is added (it comes without), as its documentation says new tasks are. The last line printed is
-JSON. benchmark/train_speed.py and benchmark/simulators.py call it.
+Everything is BenchMARL's: its collector (of genuine envs with one process for each), its loss, its training loop, its
+csv log. Only the genuine envs are added (it comes without ours), as its documentation says new tasks are. The last
+line printed is JSON. benchmark/train_speed.py and benchmark/simulators.py call it.
 
     python -m venv benchmarl-venv
     benchmarl-venv/bin/pip install -r benchmark/requirements-benchmarl.txt
     benchmarl-venv/bin/python benchmark/benchmarl_mappo.py     # 2 cores, 2 minutes
     benchmarl-venv/bin/python benchmark/benchmarl_mappo.py --task vmas:balance --num-envs 128 --num-steps 64
+    benchmarl-venv/bin/python benchmark/benchmarl_mappo.py --task mpe2.simple_spread_v3
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -33,17 +35,21 @@ from benchmarl.environments import Task, VmasTask
 from benchmarl.environments.pettingzoo.common import PettingZooClass
 from benchmarl.experiment import Callback, Experiment, ExperimentConfig
 from benchmarl.models.mlp import MlpConfig
-from pettingzoo.sisl import pursuit_v5
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, PettingZooWrapper
+
+GENUINE = {
+    "pursuit": {"module": "pettingzoo.sisl.pursuit_v5", "max_cycles": 500},
+    "mpe2.simple_spread_v3": {"module": "mpe2.simple_spread_v3", "N": 3, "max_cycles": 25},
+}
 
 
 @dataclass
 class Args:
     task: str = "pursuit"
-    """pursuit, or vmas:NAME with the arguments that BenchMARL gives that scenario"""
+    """pursuit, mpe2.simple_spread_v3, or vmas:NAME with the arguments that BenchMARL gives that scenario"""
     num_envs: int = 8
-    """envs: genuine ones of pursuit, each in a process of its own; a batch of VMAS"""
+    """envs: genuine ones, each in a process of its own; a batch of VMAS"""
     num_steps: int = 512
     """env steps of each env per update"""
     update_epochs: int = 4
@@ -62,14 +68,16 @@ class Args:
     """of envs, networks and actions"""
 
 
-class Pursuit(PettingZooClass):
-    """Pursuit with its state, so that the critic sees what ours sees: [16, 16, 3]."""
+class Genuine(PettingZooClass):
+    """A genuine env with its state, so that the critic sees what ours sees: of pursuit [16, 16, 3]."""
 
     def get_env_fun(
         self, num_envs: int, continuous_actions: bool, seed: int | None, device: str
     ) -> Callable[[], EnvBase]:
+        arguments = dict(self.config)
+        module = importlib.import_module(arguments.pop("module"))
         return lambda: PettingZooWrapper(
-            pursuit_v5.parallel_env(**self.config),
+            module.parallel_env(**arguments),
             categorical_actions=True,
             device=device,
             seed=seed,
@@ -106,9 +114,9 @@ class Clock(Callback):
 
 
 def make_task(name: str) -> Task:
-    """Pursuit, or one of BenchMARL's own tasks on VMAS."""
-    if name == "pursuit":
-        return Pursuit("PURSUIT", {"max_cycles": 500})
+    """A genuine env, or one of BenchMARL's own tasks on VMAS."""
+    if name in GENUINE:
+        return Genuine(name.upper(), GENUINE[name])
     scenario = name.removeprefix("vmas:")
     return VmasTask[scenario.upper()].get_from_yaml()
 
@@ -118,7 +126,7 @@ def train(args: Args) -> dict:
     batch_size = args.num_envs * args.num_steps
     config = ExperimentConfig.get_from_yaml()
     config.sampling_device, config.train_device, config.buffer_device = "cpu", args.device, args.device
-    config.parallel_collection, config.share_policy_params = args.task == "pursuit", True
+    config.parallel_collection, config.share_policy_params = args.task in GENUINE, True
     config.on_policy_n_envs_per_worker = args.num_envs
     config.on_policy_collected_frames_per_batch = batch_size
     config.on_policy_n_minibatch_iters = args.update_epochs
