@@ -33,6 +33,7 @@ from runs import UsageError, command_line
 SPECIALISE = {
     "shared, id": "--hyper none --agent-id",
     "own actors": "--hyper none --agent-id --no-share-parameters",
+    "full by id": "--hyper full --agent-id --hyper-context agent-id",
     "delta by id": "--hyper delta --agent-id --hyper-context agent-id",
     "delta by all": "--hyper delta --agent-id --hyper-context joint",
 }
