@@ -103,9 +103,10 @@ class Args:
     loss: Literal["obs", "latent", "recon"] = "obs"
     """obs: prediction loss on the next observation; latent: consistency with the encoded next observation, the decoder
     trained on encodings; recon: auto-encoding obs -> obs, the control that knows no dynamics"""
-    obs_head: Literal["mse", "bce", "categorical"] | None = None
-    """mse: one real number per cell; bce: sigmoids (counts: one per 'at least k'); categorical: per one-agent plane
-    which cell or none, per cell of other planes which count. None: categorical, or mse for real-valued observations"""
+    obs_head: Literal["mse", "change", "bce", "categorical"] | None = None
+    """mse: one real number per cell; change: by how much it changes, in units of its usual change (real numbers with
+    --loss obs); bce: sigmoids (counts: one per 'at least k'); categorical: per one-agent plane which cell or none, per
+    cell of other planes which count. None: categorical; change for real-valued observations, mse where it is none"""
     joint_action: Literal["onehot", "painted", "attention"] | None = None
     """onehot: all agents' one-hots at every cell; painted: each action at its agent's cell (where planes show agents
     without saying who is who: the others' mean action at all of them); attention: cells attend to the set of (agent,
@@ -147,6 +148,7 @@ FIXED_BY_CHECKPOINT = (
 ).split()
 SAVED = "args config data_meta update best_score model optimizer target_encoder generator".split()  # in a checkpoint
 EVAL_TAGS = {"heldout_episodes": "eval", "heldout_policies": "eval_policies"}
+NUMBER_HEADS = ("mse", "change")  # obs heads with one output per cell
 LOSSES = ("obs_loss", "latent_loss", "reward_loss", "done_loss", "mask_loss")
 SCORES = ("obs_loss", "obs_mse", "exact_match", "reward_mse", "done_precision", "done_recall")
 
@@ -171,7 +173,7 @@ class WorldModel(nn.Module):
         self.loss = config["loss"]
         is_map = len(self.obs_shape) == 3
         self.grid = self.obs_shape[:2] if is_map else (1, 1)  # H, W
-        self.levels = 1 if self.obs_head == "mse" else config["levels"]
+        self.levels = 1 if self.obs_head in NUMBER_HEADS else config["levels"]
         planes = self.obs_shape[-1]
         hidden = config["hidden_size"]
         kernel = 3 if is_map else 1
@@ -208,6 +210,12 @@ class WorldModel(nn.Module):
         for name in ("obs_mean", "obs_std"):
             per_plane = torch.tensor(config[name]).view(1, -1, 1, 1)
             self.register_buffer(name, per_plane)
+        if self.obs_head == "change":
+            change = torch.tensor(config["obs_change"]).view(1, -1, 1, 1)
+            self.register_buffer("obs_change", change / self.obs_std)  # of normalised values
+            last = self.decoder[-1]
+            nn.init.zeros_(last.weight)  # begins with no change
+            nn.init.zeros_(last.bias)
         self.simulator = []  # what steps faster with the same weights, once they are final: see load_world_model
 
     def make_action_layers(self, hidden: int) -> int:
@@ -381,10 +389,14 @@ class WorldModel(nn.Module):
             self.at_ego(shown, planes),
         ]
         summary = torch.cat(features, 1)  # [B, 3 * D + P + J]
+        obs = self.decode(z if self.loss == "recon" else next_z)  # [B, P, K, H, W]
+        if self.obs_head == "change":
+            change = obs[:, :, 0] * self.obs_change
+            obs = (self.normalise(planes) + change).unsqueeze(2)
         out = {
             "z": z,
             "next_z": next_z,
-            "obs": self.decode(z if self.loss == "recon" else next_z),  # [B, P, K, H, W]
+            "obs": obs,
             "reward": self.read_reward(summary, joint_action),  # [B, bins]
             "done": self.done_head(summary)[:, 0],  # [B]
         }
@@ -411,7 +423,7 @@ class WorldModel(nn.Module):
 
     def expected_planes(self, logits: Tensor) -> Tensor:
         """[B, P, K, H, W] -> expected value of every cell [B, P, H, W]."""
-        if self.obs_head == "mse":
+        if self.obs_head in NUMBER_HEADS:
             return logits[:, :, 0] * self.obs_std + self.obs_mean
         if self.obs_head == "bce":  # sum of P(count >= k)
             return torch.sigmoid(logits).sum(2)
@@ -806,8 +818,10 @@ def cell_logits(logits: Tensor) -> Tensor:
 
 def obs_loss(model: WorldModel, logits: Tensor, target: Tensor) -> Tensor:
     """Loss of every sample, summed over planes and cells: logits [B, P, K, H, W], target [B, P, H, W] -> [B]."""
-    if model.obs_head == "mse":
+    if model.obs_head in NUMBER_HEADS:
         error = logits[:, :, 0] - model.normalise(target)
+        if model.obs_head == "change":
+            error = error / model.obs_change
         return error.square().sum((1, 2, 3))
     if model.obs_head == "bce":
         at_least = target.unsqueeze(2) >= model.counts(target.device)  # [B, P, K, H, W]
@@ -1029,7 +1043,7 @@ def data_config(
         std = np.where(std > 1e-6, std, 1.0)
     discrete = meta["num_actions"] is not None
     action_dim = meta["num_actions"] or math.prod(meta["action_shape"])
-    return {
+    config = {
         "env_id": meta["env_id"],
         "env_kwargs": meta["env_kwargs"],
         "obs_shape": list(meta["obs_shape"]),
@@ -1043,20 +1057,37 @@ def data_config(
         "obs_std": std.tolist(),
         "hidden_size": args.hidden_size,
         "loss": args.loss,
-        "obs_head": choose_obs_head(args.obs_head, spec, levels),
+        "obs_head": choose_obs_head(args.obs_head, args.loss, spec, levels),
         "joint_action": choose_joint_action(args.joint_action, spec, meta["env_id"]),
         "reward_head": args.reward_head,
         "reward_target": args.reward_target,
     }
+    if config["obs_head"] == "change":
+        config["obs_change"] = usual_change(dataset, train_rows, config["obs_std"])
+    return config
 
 
-def choose_obs_head(wanted: str | None, spec: ObsSpec, levels: int) -> str:
-    """UsageError: classes were wanted for what is no small count. levels: the largest number seen"""
+def usual_change(dataset: Dataset, rows: np.ndarray, obs_std: list[float]) -> list[float]:
+    """Root mean square of o[t+1] - o[t] of every channel [P], where the agent stays; at least 0.1 % of `obs_std`."""
+    stays = dataset.active[rows] & ~dataset.terminations[rows]
+    before = dataset.observations[rows][stays].astype(np.float64)
+    after = dataset.next_observations[rows][stays]
+    change = (after - before).reshape(-1, before.shape[-1])  # [V, (H, W,) P] -> [V', P]
+    size = np.sqrt(np.square(change).mean(0))
+    return np.maximum(size, 1e-3 * np.array(obs_std)).tolist()
+
+
+def choose_obs_head(wanted: str | None, loss: str, spec: ObsSpec, levels: int) -> str:
+    """UsageError: a head was wanted that does not fit the numbers or the loss. levels: the largest number seen"""
     real = "real" in spec.kinds
+    if wanted == "change" and not (real and loss == "obs"):
+        raise UsageError("--obs-head change expected real-valued observations and --loss obs: use another head")
     if not real and levels <= 15:
         return wanted or "categorical"
-    if wanted in (None, "mse"):
-        return "mse"
+    if wanted is None:
+        return "change" if real and loss == "obs" else "mse"
+    if wanted in NUMBER_HEADS:
+        return wanted
     found = "real numbers" if real else f"counts up to {levels}"
     raise UsageError(f"--obs-head {wanted} expected 0/1 planes or counts up to 15, got {found}: use mse")
 

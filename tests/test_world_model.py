@@ -116,6 +116,28 @@ def test_hand_made_linear_world_is_recovered_exactly(tmp_path, obs_head, joint_a
     assert (reward - (actions[:, 0] - actions[:, 1])).abs().max() < 0.4  # the next value is 1 away
 
 
+def test_real_numbers_are_predicted_by_their_change(tmp_path):
+    def next_obs_of(obs, actions):  # channels that change little, less, and never
+        changes = [0.01 * (actions - 1.5), 0.001 * (np.roll(actions, -1) - 1.5), np.zeros(2)]
+        return obs + np.stack(changes, 1)
+
+    path = write_vectors(tmp_path / "drift", next_obs_of, dtype="float32", episodes=200)
+    args = wm.Args(data=str(path), runs_dir=str(tmp_path), total_updates=400, learning_rate=1e-2)
+    run_dir = wm.main(args)
+    config = load_run(run_dir)["config"]
+    assert config["obs_head"] == "change"
+    rms = 0.01 * np.sqrt(np.mean((np.arange(4) - 1.5) ** 2))  # four actions, equally often
+    never = 1e-3 * config["obs_std"][2]
+    assert config["obs_change"] == pytest.approx([rms, rms / 10, never], rel=0.05)
+    samples, (rows, seats) = heldout(run_dir, path)
+    obs, actions, target = samples.obs[rows, seats], samples.joint_action(rows, seats), samples.next_obs[rows, seats]
+    untrained = wm.WorldModel(config)
+    torch.testing.assert_close(untrained.step(obs, actions)[0], obs)
+    error = (wm.load_world_model(run_dir).step(obs, actions)[0] - target).square().mean(0)
+    unchanged = (obs - target).square().mean(0)
+    assert (error[:2] < 0.05 * unchanged[:2]).all() and error[2] < 1e-6
+
+
 def test_joint_action_is_ego_first_from_every_seat(hunt):
     samples = wm.Samples(load_dataset(hunt), CPU)
     rows = torch.arange(40).repeat_interleave(4)
@@ -643,6 +665,7 @@ def test_painted_actions_need_agent_planes_and_classes_need_small_counts(tmp_pat
     for flags, message in (
         (["--joint-action", "painted"], "planes that show agents"),
         (["--obs-head", "categorical"], "real numbers"),
+        (["--obs-head", "change", "--loss", "latent"], "expected real-valued observations and --loss obs"),
     ):
         assert wm.cli(["--data", str(path), "--runs-dir", str(tmp_path), *flags]) == 2
         assert message in capsys.readouterr().err
