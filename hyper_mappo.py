@@ -183,7 +183,9 @@ class Args:
     value_norm: bool = True
     """the critic predicts returns normalised by their running mean and deviation"""
     ent_coef: float = 0.02
-    """weight of the entropy bonus"""
+    """weight of the entropy bonus, at the start of training"""
+    final_ent_coef: float | None = 0.002
+    """what it falls to, linearly over --total-timesteps; None: it stays as it is"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -268,8 +270,8 @@ LIMITS = {
     ),
     "at least 0": (
         lambda x: x >= 0,
-        "num_env_procs env_timeout episode_limit eval_episodes learning_rate hyper_learning_rate ent_coef vf_coef "
-        "smooth_coef align_coef",
+        "num_env_procs env_timeout episode_limit eval_episodes learning_rate hyper_learning_rate ent_coef "
+        "final_ent_coef vf_coef smooth_coef align_coef",
     ),
     "more than 0": (lambda x: x > 0, "clip_coef huber_delta max_grad_norm target_kl"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma gae_lambda team_spirit"),
@@ -293,7 +295,7 @@ SAVED = "args spec update global_step workers probe target actor critic value_no
 # The columns of metrics.csv; a row leaves out what its run or its update does not have.
 COLUMNS = (
     "update global_step charts/episodic_return charts/episodic_length charts/success_rate charts/SPS "
-    "charts/learning_rate "
+    "charts/learning_rate charts/ent_coef "
     "losses/policy_loss losses/value_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac "
     "losses/smooth_loss losses/align_kl hyper/delta_norm hyper/step_change losses/grad_norm "
     "losses/explained_variance nonstationarity/policy_kl nonstationarity/gradient_cosine"
@@ -1309,8 +1311,11 @@ def ppo_loss(
     critic: Critic,
     mb: Batch,
     args: Args,
+    ent_coef: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss with the hypernetwork's two penalties: -> scalar loss, what is logged of it (no gradient).
+
+    ent_coef: weight of the entropy bonus; None: that of `args`, as at the start of training.
 
     mb holds sequences [L, S, ...]: obs state action_mask active learns (whose samples count) valued (the same for the
     critic) starts actions anchor_dists logprobs advantages returns values (the last two normalised), z (subgoals), and
@@ -1324,7 +1329,9 @@ def ppo_loss(
     entropy_bonus = masked_mean(entropy(dists, actor.discrete), weights)
     v_loss = value_loss(critic(mb["state"], mb["obs"]), mb, mb["valued"].float(), args)
     # DEVIATION: the losses of actor and critic are summed and stepped by one Adam.
-    loss = pg_loss - args.ent_coef * entropy_bonus + args.vf_coef * v_loss
+    if ent_coef is None:
+        ent_coef = args.ent_coef
+    loss = pg_loss - ent_coef * entropy_bonus + args.vf_coef * v_loss
 
     was_clipped = (ratio - 1).abs() > args.clip_coef
     numbers = {
@@ -1863,7 +1870,7 @@ def check_sizes(args: Args, world_size: int) -> None:
 
 def saved_args(checkpoint: dict, run_dir: str | Path) -> Args:
     """The Args of a checkpoint. A flag that is younger than it stands as it was before there was a choice."""
-    as_before = {"critic_obs": False, "team_spirit": 0.0, "update_epochs": 4}
+    as_before = {"critic_obs": False, "team_spirit": 0.0, "update_epochs": 4, "final_ent_coef": None}
     if individual_kwargs(checkpoint["spec"]["env_id"]):
         as_before["team_spirit"] = 1.0  # the env paid everyone the mean
     return restore_args(Args, {**as_before, **checkpoint["args"]}, run_dir)
@@ -2002,10 +2009,30 @@ def make_optimizer(actor: Actor, critic: Critic, args: Args) -> torch.optim.Opti
     return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """That share of every group's first learning rate."""
+def follow_schedules(
+    optimizer: torch.optim.Optimizer,
+    ent_coef: Tensor,
+    args: Args,
+    update: int,
+    num_updates: int,
+) -> None:
+    """Sets learning rates and the weight of the entropy bonus for an update; both fall linearly, if at all."""
+    left = 1 - (update - 1) / num_updates
     for group in optimizer.param_groups:
-        group["lr"] = share * group["initial_lr"]
+        group["lr"] = (left if args.anneal_lr else 1.0) * group["initial_lr"]
+    if args.final_ent_coef is not None:
+        ent_coef.fill_(args.final_ent_coef + left * (args.ent_coef - args.final_ent_coef))
+
+
+def make_loss_function(
+    actor: Actor,
+    critic: Critic,
+    ent_coef: Tensor,
+    args: Args,
+) -> Callable:
+    """ppo_loss with the weight of the entropy bonus as a tensor, whose changes need no compilation."""
+    function = compile_networks(actor, critic, ent_coef.device) if args.compile else ppo_loss
+    return functools.partial(function, ent_coef=ent_coef)
 
 
 def compile_networks(actor: Actor, critic: Critic, device: torch.device) -> Callable:
@@ -2311,9 +2338,7 @@ def plot_returns(run_dir: Path) -> None:
 
 @run_keeping
 def main(args: Args) -> Path:
-    """Trains (or resumes, or only evaluates); returns the run folder. UsageError: unusable arguments.
-
-    Under torchrun each process steps its share of the envs, and all go on with the same weights."""
+    """Trains, resumes or only evaluates, as one process or as torchrun's many: -> the run folder. Raises UsageError."""
     # ---- arguments
     if args.evaluate:
         return evaluate_only(args)
@@ -2364,7 +2389,8 @@ def main(args: Args) -> Path:
     saved_parts = {"actor": actor, "critic": critic, "value_norm": value_norm, "optimizer": optimizer}
     if resolved.target_sync_interval > 1:
         target = saved_parts["target"] = copy.deepcopy(actor).requires_grad_(False)
-    loss_function = compile_networks(actor, critic, device) if resolved.compile else ppo_loss
+    ent_coef = torch.tensor(resolved.ent_coef, device=device)
+    loss_function = make_loss_function(actor, critic, ent_coef, resolved)
 
     # ---- storage
     check_memory(resolved, envs, actor)
@@ -2421,7 +2447,7 @@ def main(args: Args) -> Path:
     # ---- loop (of a finished run that is resumed only the closing part is left)
     update, stopping = first_update - 1, False
     for update in range(first_update, num_updates + 1):
-        set_learning_rates(optimizer, 1 - (update - 1) / num_updates if resolved.anneal_lr else 1.0)
+        follow_schedules(optimizer, ent_coef, resolved, update, num_updates)
         if target and (update - 1) % resolved.target_sync_interval == 0:
             target.load_state_dict(actor.state_dict())
             target_hidden = memory[..., : actor.hidden_size]
@@ -2505,6 +2531,7 @@ def main(args: Args) -> Path:
         # -- logging: the update's only look at the device
         metrics |= dict(zip(numbers, mean_of_all(sums) / num_done, strict=True))
         metrics["losses/explained_variance"] = explained_var
+        metrics["charts/ent_coef"] = ent_coef
         row = to_floats(metrics)
         refuse_non_finite(row, rollout, envs.agents, update)
         row |= episode_metrics(all_sum(episode_sums).tolist(), partners.first_seat, seat_columns)

@@ -48,6 +48,7 @@ ROOT = Path(__file__).parent.parent
 LOSSES = [tag for tag in COLUMNS if tag.startswith("losses/") and "grad_norm" not in tag and "explained" not in tag]
 LOSSES += ["hyper/delta_norm", "hyper/step_change"]
 TINY = dict(num_envs=4, num_steps=8, num_minibatches=2, hidden_size=16, context_size=8, context_heads=2, hyper_basis=2)
+TINY["final_ent_coef"] = None  # runs in two pieces are compared with whole ones, whose schedule is another
 SMALL_PURSUIT = json.dumps({"x_size": 8, "y_size": 8, "n_pursuers": 3, "n_evaders": 4, "max_cycles": 13})
 
 
@@ -1247,6 +1248,27 @@ def table_run(tmp_path, name, total_timesteps, num_ranks, *resume):
     return resume[0] if resume else next((tmp_path / name).iterdir())
 
 
+def test_the_entropy_bonus_falls_linearly(tmp_path):
+    flags = dict(num_minibatches=1, update_epochs=1, ent_coef=0.5)
+    coefs = {}
+    for final in (None, 0.1):
+        run_dir = run(tmp_path / str(final), total_timesteps=4 * 32, final_ent_coef=final, **flags)
+        coefs[final] = [float(row["charts/ent_coef"]) for row in metrics(run_dir)]
+    assert coefs == {None: [0.5] * 4, 0.1: pytest.approx([0.5, 0.4, 0.3, 0.2])}
+    resumed = run(tmp_path / "more", total_timesteps=2 * 32, final_ent_coef=0.1, **flags)
+    run(tmp_path / "more", total_timesteps=4 * 32, final_ent_coef=0.1, resume=str(resumed), **flags)
+    assert float(metrics(resumed)[-1]["charts/ent_coef"]) == pytest.approx(0.2)
+
+
+def test_the_loss_takes_the_entropy_bonus_of_its_schedule():
+    args = Args(**{**TINY, "hyper": "none", "ent_coef": 0.3})
+    actor, critic = Actor(spec(), args), Critic(spec(), args)
+    mb = random_minibatch(actor, args)
+    loss, numbers = ppo_loss(actor, critic, mb, args)
+    without, _ = ppo_loss(actor, critic, mb, args, ent_coef=torch.tensor(0.0))
+    assert (without - loss).item() == pytest.approx(0.3 * numbers["losses/entropy"].item(), rel=1e-4)
+
+
 def test_two_ranks_with_half_the_envs_each_update_like_one_process_and_resume(tmp_path):
     alone = load_checkpoint(table_run(tmp_path, "alone", 4 * 64, 1))
     two_dir = table_run(tmp_path, "two", 2 * 64, 2)
@@ -1276,9 +1298,9 @@ def test_partners_play_their_seats_and_enter_no_loss(tmp_path, monkeypatch):
         made.append((self, step, joint))
         return joint
 
-    def spy_loss(actor, critic, mb, args):
+    def spy_loss(actor, critic, mb, args, **schedule):
         batches.append(mb)
-        return ppo_loss(actor, critic, mb, args)
+        return ppo_loss(actor, critic, mb, args, **schedule)
 
     monkeypatch.setattr(hyper_mappo.Partners, "play", spy_play)
     monkeypatch.setattr(hyper_mappo, "ppo_loss", spy_loss)
@@ -1345,12 +1367,12 @@ def test_hypernetwork_has_a_learning_rate_of_its_own(tmp_path, hyper, given, rat
 def test_target_is_refreshed_every_k_updates_exactly(tmp_path, monkeypatch, interval):
     anchors, acted = [], []
 
-    def spy_loss(actor, critic, mb, args):
+    def spy_loss(actor, critic, mb, args, **schedule):
         anchors.append(mb["anchor_dists"].clone())
         with torch.no_grad():
             inputs = (mb["obs"], mb.get("action_mask"), mb["active"], mb["starts"], mb["hidden"][0])
             acted.append(actor(*inputs)[0])
-        return ppo_loss(actor, critic, mb, args)
+        return ppo_loss(actor, critic, mb, args, **schedule)
 
     monkeypatch.setattr(hyper_mappo, "ppo_loss", spy_loss)
     flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_minibatches=1, update_epochs=1)
@@ -1388,9 +1410,9 @@ def test_subgoals_join_the_context_and_their_history_follows_episodes(tmp_path, 
     monkeypatch.setattr(hyper_mappo, "load_subgoals", lambda run_dir, spec: StandInEncoder())
     seen = []
 
-    def spy_loss(actor, critic, mb, args):
+    def spy_loss(actor, critic, mb, args, **schedule):
         seen.append((mb["z"].clone(), mb["obs"].clone()))
-        return ppo_loss(actor, critic, mb, args)
+        return ppo_loss(actor, critic, mb, args, **schedule)
 
     monkeypatch.setattr(hyper_mappo, "ppo_loss", spy_loss)
     flags = dict(

@@ -65,7 +65,8 @@ if __name__ == "__main__":
     hyper_mappo.sample_actions = lambda dist, *_: dist.argmax(-1)
     flags = ["--runs-dir", runs_dir, "--total-timesteps", total_timesteps, "--seed", str(SEED), "--num-envs", "8"]
     flags += ["--num-steps", "8", "--num-minibatches", "1", "--update-epochs", "2", "--no-anneal-lr", "--hidden-size"]
-    flags += ["8", "--eval-episodes", "0", "--save-every", "1", "--no-cuda", "--learning-rate", "0.01"]
+    flags += ["8", "--final-ent-coef", "None", "--eval-episodes", "0", "--save-every", "1", "--no-cuda"]
+    flags += ["--learning-rate", "0.01"]
     exit_code = hyper_mappo.cli((["--resume", *resume] if resume else []) + flags)
     left = gloo_threads()  # they abort an interpreter that ends while they work
     sys.exit(f"threads that were not joined: {left}" if left else exit_code)
