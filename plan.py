@@ -4,9 +4,9 @@ A belief about every other agent (the encoder's z of what it sees and did) is ke
 and for each legal action, K joint actions of the others are drawn from the model of other agents (MOA), the world
 model moves on, others go on by the MOA and the own seat by a base policy, for H steps. Everything is one batch.
 
-rollout: the best pair of first action and base policy, which in expectation is no worse than the best base policy
-(policy switching, parallel rollout; Chang, Givan & Chong 2004, doi 10.1023/B:DISC.0000028199.78776.c4); one-step:
-argmax E[r + gamma V(o')]; mcts: PUCT (Silver et al. 2017, doi 10.1038/nature24270). The setting is that of HOP (Huang
+rollout: the best base policy, or a first action before it that is better, which in expectation is no worse (policy
+switching, rollout; Chang, Givan & Chong 2004, doi 10.1023/B:DISC.0000028199.78776.c4); one-step: argmax
+E[r + gamma V(o')]; mcts: PUCT (Silver et al. 2017, doi 10.1038/nature24270). The setting is that of HOP (Huang
 et al. 2024, arXiv 2406.08002), which plans on the true simulator. See docs/plan.md.
 
     python plan.py --env-id stag_hunt-4x4-4h1s --world-model runs/WM --opponents runs/CVAE --partners nearest_hare:3
@@ -92,8 +92,10 @@ class Args:
     horizon: int = 35
     """steps that are imagined at most (H)"""
     samples: int = 8
-    """futures of each pair of first action and base policy (K); mcts: trees per decision"""
-    caution: float = 1.0
+    """futures of each first action (K); mcts: trees per decision"""
+    base_samples: int = 32
+    """futures of each base policy, by which the best of them is chosen (rollout)"""
+    caution: float = 2.0
     """standard errors of the K futures by which a first action must be better than the best base policy's own (rollout)
     """
     simulations: int = 32
@@ -124,7 +126,10 @@ class Args:
 
 # What numbers must be.
 LIMITS = {
-    "at least 1": (lambda x: x >= 1, "horizon samples simulations episodes num_envs num_threads episode_limit"),
+    "at least 1": (
+        lambda x: x >= 1,
+        "horizon samples base_samples simulations episodes num_envs num_threads episode_limit",
+    ),
     "at least 0": (lambda x: x >= 0, "subgoals exploration seat caution"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma"),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
@@ -879,93 +884,91 @@ class Planner:
 
     def decide(self, root: Root) -> Tensor:
         """The action in each of R positions. [R]"""
+        first_base = torch.zeros_like(root.seats)
         if self.args.method == "policy":
-            future = self.begin(root, base=0)
-            seen = self.world.look(future.views)
-            masks = self.world.masks(seen, future.active)
-            masks[:, 0] = root.masks
-            logits = self.own_logits(Now(seen, future, root), masks)
-            return draw(logits, gumbel(logits.shape, logits.device))
+            return self.follow(self.base_probs(root, first_base))
         if self.args.method == "mcts":
             return self.search(root)
-        returns = self.first_action_returns(root)  # [R, n, bases, K]
-        return self.improve(returns, root)
+        if self.args.method == "one-step":
+            return self.improve(root, first_base, caution=0.0)
+        return self.improve(root, self.best_base(root), self.args.caution)
 
-    def improve(self, returns: Tensor, root: Root) -> Tensor:
-        """The action of the best base policy, unless futures say that another pair is better. -> [R]
+    def best_base(self, root: Root) -> Tensor:
+        """The base policy that returns most on average. -> [R]
 
-        returns [R, n, bases, K]. Actions that lead to the same are common: whoever waits for partners is no worse off
-        a step later, as far as the imagined futures go. Were the first of them taken, it could wait for ever.
+        Of more futures than first actions get: who takes a sure hare instead of the stag on a few unlucky ones cannot
+        come back, and may do so at every step anew.
         """
-        R, n, num_bases, K = returns.shape
-        each = torch.arange(R, device=returns.device)
-        probs = self.base_probs(root)[:, :num_bases]  # [R, bases, n]
-        legal = root.masks[..., None, None]  # [R, n, 1, 1]
-        own_weights = probs.mT[..., None]  # [R, n, bases, 1]
-        kept = (returns.masked_fill(~legal, 0.0) * own_weights).sum(1)  # [R, bases, K]
-        base = kept.mean(2).argmax(1)
-        gain = returns - kept[each, base][:, None, None]  # [R, n, bases, K]
-        doubt = gain.std(3, correction=0) / math.sqrt(K)
-        caution = self.args.caution if self.args.method == "rollout" else 0.0
-        sure = gain.mean(3) - caution * doubt  # [R, n, bases]
-        sure = sure.masked_fill(~legal[..., 0], -torch.inf)
-        surest, pair = sure.flatten(1).max(1)
-        same = SAME_RETURN * kept.abs().amax((1, 2))
-        own = draw(probs[each, base].log(), gumbel((R, n), probs.device))
-        return torch.where(surest > same, pair // num_bases, own)
+        if self.num_bases == 1:
+            return torch.zeros_like(root.seats)
+        K = self.args.base_samples
+        R = len(root.seats)
+        repeats = self.num_bases * K
+        which = torch.arange(R, device=root.seats.device).repeat_interleave(repeats)
+        within = torch.arange(repeats, device=which.device).repeat(R)
+        future = self.begin(root, which, base=within // K)
+        future = future._replace(noise=which * K + within % K)
+        returns = self.play(future, root, None, self.args.horizon, R * K, R * repeats)
+        return returns.view(R, self.num_bases, K).mean(2).argmax(1)
 
-    def base_probs(self, root: Root) -> Tensor:
-        """What each base policy would do now. [R, bases, n]"""
-        R, n = root.masks.shape
-        each = torch.arange(R, device=root.masks.device).repeat_interleave(self.num_bases)
-        future = self.begin(root, base=0).take(each)
-        base = torch.arange(self.num_bases, device=each.device).repeat(R)
-        future = future._replace(base=base)
+    def improve(self, root: Root, base: Tensor, caution: float) -> Tensor:
+        """What the base policies [R] would do, unless futures say that another first action is better. -> [R]
+
+        Actions that lead to the same are common: whoever waits for partners is no worse off a step later, as far as
+        the imagined futures go. Were the first of them taken, it could wait for ever.
+        """
+        returns = self.first_action_returns(root, base)  # [R, n, K]
+        probs = self.base_probs(root, base)  # [R, n]
+        legal = root.masks[..., None]  # [R, n, 1]
+        kept = (returns.masked_fill(~legal, 0.0) * probs[..., None]).sum(1)  # [R, K]
+        gain = returns - kept[:, None]  # [R, n, K]
+        doubt = gain.std(2, correction=0) / math.sqrt(gain.shape[2])
+        sure = gain.mean(2) - caution * doubt  # [R, n]
+        surest, action = sure.masked_fill(~root.masks, -torch.inf).max(1)
+        same = SAME_RETURN * kept.abs().amax(1)
+        return torch.where(surest > same, action, self.follow(probs))
+
+    def follow(self, probs: Tensor) -> Tensor:
+        """An action of each distribution [R, n]. -> [R]"""
+        return draw(probs.log(), gumbel(probs.shape, probs.device))
+
+    def base_probs(self, root: Root, base: Tensor) -> Tensor:
+        """What base policies [R] would do now. [R, n]"""
+        each = torch.arange(len(base), device=base.device)
+        future = self.begin(root, each, base)
         seen = self.world.look(future.views)
         masks = self.world.masks(seen, future.active)
-        masks[:, 0] = root.masks[each]
-        logits = self.own_logits(Now(seen, future, root), masks)
-        return logits.softmax(1).view(R, self.num_bases, n)
+        masks[:, 0] = root.masks
+        return self.own_logits(Now(seen, future, root), masks).softmax(1)
 
-    def begin(self, root: Root, base: int) -> Future:
-        """One future of each root."""
-        each = torch.arange(len(root.views), device=root.views.device)
+    def begin(self, root: Root, which: Tensor, base: Tensor) -> Future:
+        """Futures of the roots `which` [B], which go on with base policies [B]; noise and out are those of each."""
+        each = torch.arange(len(which), device=which.device)
         return Future(
-            views=root.views,
-            active=root.active,
-            t=root.timesteps,
-            root=each,
-            base=torch.full_like(each, base),
-            noise=each,
-            out=each,
-            memory=None if root.policy_memory is None else root.policy_memory.clone(),
-        )
-
-    def first_action_returns(self, root: Root) -> Tensor:
-        """What K futures of each legal first action and base policy return. -> [R, n, bases, K], -inf if illegal"""
-        R, n = root.masks.shape
-        num_bases = 1 if self.args.method == "one-step" else self.num_bases
-        K = self.args.samples
-        r, first = root.masks.nonzero(as_tuple=True)  # [P], pairs of root and first action
-        repeats = num_bases * K
-        pair = torch.arange(len(r), device=r.device).repeat_interleave(repeats)
-        within = torch.arange(repeats, device=r.device).repeat(len(r))
-        base = within // K
-        which = r[pair]  # [B]
-        future = Future(
             views=root.views[which],
             active=root.active[which],
             t=root.timesteps[which],
             root=which,
             base=base,
-            noise=which * K + within % K,
-            out=((which * n + first[pair]) * num_bases + base) * K + within % K,
+            noise=each,
+            out=each,
             memory=None if root.policy_memory is None else root.policy_memory[which],
         )
+
+    def first_action_returns(self, root: Root, base: Tensor) -> Tensor:
+        """What K futures of each legal first action return, continued by base [R]. -> [R, n, K], -inf if illegal"""
+        R, n = root.masks.shape
+        K = self.args.samples
+        r, first = root.masks.nonzero(as_tuple=True)  # [P], pairs of root and first action
+        pair = torch.arange(len(r), device=r.device).repeat_interleave(K)
+        k = torch.arange(K, device=r.device).repeat(len(r))
+        which, actions = r[pair], first[pair]  # [B]
+        future = self.begin(root, which, base[which])
+        future = future._replace(noise=which * K + k, out=(which * n + actions) * K + k)
         horizon = 1 if self.args.method == "one-step" else self.args.horizon
-        returns = self.play(future, root, first[pair], horizon, R * K, R * n * num_bases * K)
-        returns = returns.view(R, n, num_bases, K)
-        return returns.masked_fill(~root.masks[..., None, None], -torch.inf)
+        returns = self.play(future, root, actions, horizon, R * K, R * n * K)
+        returns = returns.view(R, n, K)
+        return returns.masked_fill(~root.masks[..., None], -torch.inf)
 
     def play(
         self,
@@ -1079,7 +1082,8 @@ class Planner:
     def grow(self, trees: Trees, root: Root) -> None:
         """One future of each tree [T]: down to a node that is new, and what that is worth back up."""
         T = len(root.views)
-        future = self.begin(root, base=0)
+        each = torch.arange(T, device=root.seats.device)
+        future = self.begin(root, each, torch.zeros_like(each))
         node = torch.zeros_like(future.out)  # [B]
         returns = torch.zeros(T, device=node.device)
         discount = torch.ones(T, device=node.device)

@@ -185,13 +185,49 @@ class Watcher:
         return torch.where(others > 0, to_stag, to_hare)
 
 
+class Trier:
+    """Seat 0 hunts the stag until that has failed beside another player, then the nearest hare. It has a memory."""
+
+    def __init__(self, env: VecEnv):
+        self.stag = make_policy("nearest_stag", env)
+        self.hare = make_policy("nearest_hare", env)
+
+    def initial_state(self, num_envs: int) -> Tensor:
+        return torch.zeros(num_envs, dtype=torch.bool)
+
+    def act(
+        self,
+        step: EnvStep,
+        has_failed: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        has_failed = has_failed & ~step.episode_over
+        to_stag, _ = self.stag.act(step, None)
+        to_hare, _ = self.hare.act(step, None)
+        return torch.where(has_failed[:, None], to_hare, to_stag), has_failed
+
+    def remember(
+        self,
+        step: EnvStep,
+        actions: Tensor,
+        has_failed: Tensor,
+    ) -> Tensor:
+        A = step.active.shape[1]
+        players = step.state[..., :A].flatten(1, 2).float()  # [N, HW, A]
+        mine = players[..., :1]
+        beside = (players * mine).sum((1, 2)) > 1
+        hunted = actions[:, 0] == stag_hunt.HUNT_STAG
+        return has_failed | (hunted & beside)  # whoever caught it is gone
+
+
 def make_response(
     name: str,
     env: VecEnv,
     setting: Setting,
     mix: tuple[str, ...],
 ) -> Any:
-    """A player by its name: watch-REACH, a script, a run folder, plan:RUN for one of plan.py's."""
+    """A player by its name: watch-REACH, tries, a script, a run folder, plan:RUN for one of plan.py's."""
+    if name == "tries":
+        return Trier(env)
     kind, _, reach = name.partition("-")
     if kind == "watch" and reach.isdecimal():
         return FixedPolicy(Watcher(env, int(reach)).choose)
@@ -204,7 +240,7 @@ def make_response(
 def default_responses(env_id: str) -> list[str]:
     watchers = []
     if re.fullmatch(stag_hunt.ENV_ID, env_id):
-        watchers = [f"watch-{reach}" for reach in range(4)]
+        watchers = [*(f"watch-{reach}" for reach in range(4)), "tries"]
     return [*script_names(env_id), *watchers]
 
 
@@ -240,6 +276,11 @@ def play(
 # ---------------------------------------------------------------------------------------------- gap
 
 
+def has_no_memory(response: str) -> bool:
+    """Of a script or watcher: sure; what a run folder holds is not looked into."""
+    return response != "tries" and not response.startswith("plan:")
+
+
 @dataclass
 class Gap:
     """What responses [K] return against mixes [M], and what knowing the mix is worth."""
@@ -265,7 +306,9 @@ class Gap:
 
     @property
     def unaware(self) -> float:
-        return self.mixed.max().item()
+        """Of those without a memory; nan if there is none."""
+        no_memory = [k for k, name in enumerate(self.responses) if has_no_memory(name)]
+        return max(self.mixed[no_memory].tolist(), default=math.nan)
 
     @property
     def share(self) -> float:
@@ -300,7 +343,10 @@ def as_table(gap: Gap) -> str:
             text = f"{gap.means[k, m]:.2f} ± {gap.intervals[k, m]:.2f}"
             cells.append(f"**{text}**" if gap.best[m] == k else text)
         lines.append(f"| `{Path(response).name}` | {' | '.join(cells)} | {gap.mixed[k]:.2f} |")
-    lines.append(f"\noracle {gap.oracle:.2f}, unaware {gap.unaware:.2f}, gap {gap.share:.0%} of the oracle's return")
+    numbers = f"oracle {gap.oracle:.2f}"
+    if not math.isnan(gap.unaware):
+        numbers += f", unaware {gap.unaware:.2f}, gap {gap.share:.0%} of the oracle's return"
+    lines.append(f"\n{numbers}")
     return "\n".join(lines)
 
 
@@ -319,9 +365,12 @@ def append_rows(
             writer.writerow(COLUMNS)
         for k, response in enumerate(gap.responses):
             for m, mix in enumerate(gap.setting.mixes):
-                row = [gap.setting.name, Path(response).name, " ".join(mix), episodes, seed]
-                row += [f"{gap.means[k, m]:.4f}", f"{gap.intervals[k, m]:.4f}"]
-                row += [platform.processor() or platform.machine(), time.strftime("%Y-%m-%d")]
+                row = [gap.setting.name, Path(response).name, " ".join(mix)]
+                row += [episodes, seed]
+                row.append(f"{gap.means[k, m]:.4f}")
+                row.append(f"{gap.intervals[k, m]:.4f}")
+                row.append(platform.processor() or platform.machine())
+                row.append(time.strftime("%Y-%m-%d"))
                 writer.writerow(row)
 
 
@@ -409,8 +458,9 @@ class SolvedHunt:
         step = env.step(joint.repeat(len(cells) // B, 1))
         last = env.state_dict()["last"]
         follows = self._index(last["final_cells"], last["final_alive"])
-        parts = follows, step.rewards[:, 0], ~step.terminations[:, 0]
-        return tuple(part.view(-1, B) for part in parts)
+        rewards = step.rewards[:, 0]
+        goes_on = ~step.terminations[:, 0]
+        return follows.view(-1, B), rewards.view(-1, B), goes_on.view(-1, B)
 
     def _all_states(self, prey: Tensor) -> tuple[Tensor, Tensor]:
         """cells [S, K], alive [S, K] in the order of `_index`"""
@@ -424,7 +474,11 @@ class SolvedHunt:
         cells = torch.cat([players, prey.expand(len(rows), -1)], 1)
         return cells, alive
 
-    def _index(self, cells: Tensor, alive: Tensor) -> Tensor:
+    def _index(
+        self,
+        cells: Tensor,
+        alive: Tensor,
+    ) -> Tensor:
         """Which state of a layout it is. cells, alive [B, K] -> [B]"""
         at = torch.zeros(len(cells), dtype=torch.int64)
         for cell in cells[:, : self.num_players].unbind(1):
@@ -574,7 +628,11 @@ class SolvedHunt:
         return torch.maximum(known, unaware), unaware
 
 
-def solve_layouts(setting: Setting, num_layouts: int, seed: int) -> SolvedHunt:
+def solve_layouts(
+    setting: Setting,
+    num_layouts: int,
+    seed: int,
+) -> SolvedHunt:
     """So many layouts, drawn as the env draws them. UsageError: there are blocks."""
     options = {**stag_hunt.preset_options(setting.env_id), **setting.env_kwargs}
     if options.get("num_blocks"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,58 +47,89 @@ class Args:
     """where the picture goes"""
 
 
+class Frame(NamedTuple):
+    picture: np.ndarray
+    got: float  # by seat 0, in the episode so far
+
+
 @torch.no_grad()
-def film(args: Args, response: str) -> list[list[tuple[np.ndarray, float]]]:
-    """Of each episode its pictures, with what seat 0 has got by then."""
-    setting = Setting(args.env_id, args.env_id, {}, ((args.partners,),))
-    episodes = []
-    for episode in range(args.episodes):
-        seed = args.seed + episode
-        torch.manual_seed(seed)
-        env = make_vec_env(args.env_id, 1, "cpu", seed, backend="batched")
-        player = make_response(response, env, setting, (args.partners,))
-        partners = Partners((args.partners,), env, make_policy, seed)
-        memory = player.initial_state(1)
-        step = env.reset(seed)
-        frames = [(env.picture(step.state[0].numpy()), 0.0)]
-        got = 0.0
-        while not step.episode_over.any():
-            actions, memory = player.act(step, memory)
-            actions = partners.play(step, actions)
-            memory = player.remember(step, actions, memory)
-            step = env.step(actions)
-            got += step.rewards[0, 0].item()
-            frames.append((env.picture(step.final_state[0].numpy()), got))
-        episodes.append(frames)
-    return episodes
+def film(args: Args, response: str, seed: int) -> list[Frame]:
+    """One episode."""
+    mix = (args.partners,)
+    setting = Setting(args.env_id, args.env_id, {}, (mix,))
+    torch.manual_seed(seed)
+    env = make_vec_env(args.env_id, 1, "cpu", seed, backend="batched")
+    player = make_response(response, env, setting, mix)
+    partners = Partners(mix, env, make_policy, seed)
+    memory = player.initial_state(1)
+    step = env.reset(seed)
+    got = 0.0
+    frames = [Frame(env.render(), got)]
+    while not step.episode_over.any():
+        actions, memory = player.act(step, memory)
+        actions = partners.play(step, actions)
+        memory = player.remember(step, actions, memory)
+        step = env.step(actions)
+        got += step.rewards[0, 0].item()
+        state = step.final_state[0].numpy()
+        frames.append(Frame(env.picture(state), got))
+    return frames
 
 
-def draw(args: Args, name: str, picture: np.ndarray, got: float, total: float) -> Image.Image:
+def draw(args: Args, name: str, frame: Frame, total: float) -> Image.Image:
     """One picture under a line of text."""
     canvas = Image.new("RGB", (args.side, args.side + HEADER), "white")
-    canvas.paste(Image.fromarray(picture).resize((args.side, args.side), Image.LANCZOS), (0, HEADER))
-    text = f"{name}: {got:.1f}   all: {total:.1f}"
-    ImageDraw.Draw(canvas).text((4, 5), text, fill="black", font=ImageFont.load_default(14))
+    picture = Image.fromarray(frame.picture)
+    picture = picture.resize((args.side, args.side), Image.LANCZOS)
+    canvas.paste(picture, (0, HEADER))
+    ImageDraw.Draw(canvas).text(
+        (4, 5),
+        f"{name}: {frame.got:.1f}   all: {total:.1f}",
+        fill="black",
+        font=ImageFont.load_default(14),
+    )
     return canvas
 
 
+def side_by_side(args: Args, films: dict[str, list[Frame]], totals: dict[str, float]) -> list[Image.Image]:
+    """Pictures of one episode of each, until the longer one is over."""
+    gap = 10
+    size = (2 * args.side + gap, args.side + HEADER)
+    length = max(map(len, films.values())) + 2  # the end stays in view
+    pictures = []
+    for t in range(length):
+        both = Image.new("RGB", size, "white")
+        left = 0
+        for name, frames in films.items():
+            frame = frames[min(t, len(frames) - 1)]
+            panel = draw(args, name, frame, totals[name] + frame.got)
+            both.paste(panel, (left, 0))
+            left += args.side + gap
+        pictures.append(both.quantize(48))
+    return pictures
+
+
 def main(args: Args) -> None:
-    films = {"planner": film(args, f"plan:{args.plan}"), "self-play": film(args, args.policy)}
-    pictures, totals = [], dict.fromkeys(films, 0.0)
+    players = {"planner": f"plan:{args.plan}", "self-play": args.policy}
+    totals = dict.fromkeys(players, 0.0)
+    pictures = []
     for episode in range(args.episodes):
-        both = {name: episodes[episode] for name, episodes in films.items()}
-        length = max(map(len, both.values())) + 2  # the end stays in view
-        for t in range(length):
-            row = Image.new("RGB", (2 * args.side + 10, args.side + HEADER), "white")
-            for k, (name, frames) in enumerate(both.items()):
-                picture, got = frames[min(t, len(frames) - 1)]
-                panel = draw(args, name, picture, got, totals[name] + got)
-                row.paste(panel, (k * (args.side + 10), 0))
-            pictures.append(row.quantize(48))
-        for name, frames in both.items():
-            totals[name] += frames[-1][1]
-    pictures[0].save(args.out, save_all=True, append_images=pictures[1:], duration=300, loop=0, optimize=True)
-    print(f"{args.out}: {len(pictures)} pictures, {Path(args.out).stat().st_size // 1024} kB, returns {totals}")
+        seed = args.seed + episode
+        films = {name: film(args, player, seed) for name, player in players.items()}
+        pictures += side_by_side(args, films, totals)
+        for name, frames in films.items():
+            totals[name] += frames[-1].got
+    first, *others = pictures
+    first.save(
+        args.out,
+        save_all=True,
+        append_images=others,
+        duration=300,
+        loop=0,
+        optimize=True,
+    )
+    size = Path(args.out).stat().st_size // 1024
+    print(f"{args.out}: {len(pictures)} pictures, {size} kB, returns {totals}")
 
 
 if __name__ == "__main__":

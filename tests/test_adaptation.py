@@ -28,7 +28,7 @@ HUNT = small_hunt(4, 2, 1, 8, ("nearest_stag", "nearest_hare"))
 
 
 def gap_of(rows):
-    return Gap(HUNT, [str(k) for k in range(len(rows))], torch.tensor(rows), torch.zeros(len(rows), 2))
+    return Gap(HUNT, [f"response {k}" for k in range(len(rows))], torch.tensor(rows), torch.zeros(len(rows), 2))
 
 
 def test_the_gap_is_what_knowing_the_mix_is_worth():
@@ -64,6 +64,15 @@ def test_a_watcher_goes_where_others_are():
             step = env.set_positions(torch.tensor([[cell, *others, *on_both]]))
             action = Watcher(env, reach).choose(step)[0, 0].item()
             assert (action == hunt) == (hunts_stag == (hunt == HUNT_STAG))
+
+
+def test_who_tries_finds_out():
+    setting = small_hunt(4, 2, 1, 14, ("nearest_stag", "waits_at_stag"))
+    assert play(setting, "tries", ("nearest_stag:1",), 200, 1).eq(5).all()
+    assert play(setting, "tries", ("waits_at_stag:1",), 200, 1).eq(1).all()  # 14 steps are enough for both
+    assert play(setting, "nearest_stag", ("waits_at_stag:1",), 50, 1).eq(0).all()
+    gap = Gap(setting, ["tries", "nearest_hare"], torch.tensor([[5.0, 1.0], [1.0, 1.0]]), torch.zeros(2, 2))
+    assert gap.oracle == 3 and gap.unaware == 1
 
 
 def test_play_is_the_return_of_seat_0_against_the_mix():

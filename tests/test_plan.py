@@ -156,7 +156,7 @@ def test_folded_layers_say_what_the_model_says(folders):
     for t in range(4):
         _, memory = planner.act(step, memory)
         root = planner.root(step, memory, 0, torch.arange(64))
-        future = planner.begin(root, 0)
+        future = planner.begin(root, torch.arange(64), torch.zeros(64, dtype=torch.int64))
         seen = planner.world.look(future.views)
         rows = torch.arange(64).repeat_interleave(3)
         agents = torch.arange(1, 4).repeat(64)
@@ -287,7 +287,8 @@ def test_of_equal_actions_the_base_policys_own_is_taken():
     step = env.set_positions(torch.tensor([[1, 5, 2]]))
     planner = make_planner(true_args(partners=("nearest_stag:1",), horizon=10), env)
     _, memory = planner.act(step, planner.initial_state(1))
-    values = planner.first_action_returns(planner.root(step, memory, 0, torch.tensor([0])))[0].amax((1, 2))
+    root = planner.root(step, memory, 0, torch.tensor([0]))
+    values = planner.first_action_returns(root, torch.tensor([0]))[0].amax(1)
     assert values[LEFT] == values[RIGHT] > 0
     actions, _ = planner.act(step, planner.initial_state(1))
     assert int(actions[0, 0]) == RIGHT
@@ -323,7 +324,8 @@ def test_learned_and_true_go_together(folders, world, opponents):
     step, memory = env.reset(1), planner.initial_state(16)
     actions, memory = planner.act(step, memory)
     assert step.action_mask[:, 0].gather(1, actions[:, :1]).all()
-    returns = planner.first_action_returns(planner.root(step, memory, 0, torch.arange(16)))
+    root = planner.root(step, memory, 0, torch.arange(16))
+    returns = planner.first_action_returns(root, planner.best_base(root))
     assert returns[step.action_mask[:, 0]].isfinite().all()
 
 
@@ -347,8 +349,9 @@ def test_rewards_are_discounted_and_averaged_by_hand():
     args = true_args(gamma=0.5, scripts=("nearest_hare", "stay"), partners=("stay:1",), samples=3)
     planner = make_planner(args, env)
     _, memory = planner.act(step, planner.initial_state(1))
-    returns = planner.first_action_returns(planner.root(step, memory, 0, torch.tensor([0])))[0]  # [7, 2, K]
-    values = returns.mean(2)
+    root = planner.root(step, memory, 0, torch.tensor([0]))
+    of_each = [planner.first_action_returns(root, torch.tensor([base]))[0] for base in (0, 1)]  # [7, K] each
+    values = torch.stack(of_each, 1).mean(2)  # [7, 2]
     assert values[LEFT].tolist() == [0.5, 0.0] and values[STAY].tolist() == [0.25, 0.0]
     assert values[RIGHT].tolist() == [0.25, 0.0]  # the other hare is nearer from there
     assert values[HUNT_HARE].tolist() == [-torch.inf, -torch.inf]
@@ -425,6 +428,18 @@ def test_other_names_of_the_same_rules_are_no_other_env(folders, tmp_path):
     for env_kwargs in ("{}", '{"max_cycles": 9, "num_blocks": 0}'):
         args = make_args(folders, env_id="stag_hunt", env_kwargs=env_kwargs, **fields)
         assert plan.main(args).is_dir()
+
+
+def test_a_picture_of_two_players(folders, tmp_path):
+    from PIL import Image
+
+    from benchmark import plan_gif
+
+    args = make_args(folders, runs_dir=str(tmp_path), episodes=1, num_envs=1, samples=1, base_samples=2, horizon=2)
+    out = tmp_path / "both.gif"
+    plan_gif.main(plan_gif.Args(str(plan.main(args)), "nearest_hare", episodes=1, side=64, out=str(out)))
+    with Image.open(out) as picture:
+        assert picture.n_frames > 1 and picture.size == (138, 64 + plan_gif.HEADER)
 
 
 def test_a_run_folder_is_a_player_for_all_seats(folders, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pettingzoo
 import pytest
 import torch
+from grid_games import play_beside_slow_envs
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 
 from envs import describe_obs, make_vec_env, snowdrift
@@ -164,7 +165,8 @@ class SlowSnowdrift:
         self.t += 1
         self.returns = [total + reward for total, reward in zip(self.returns, rewards, strict=True)]
         ended = not self.drifts
-        return executed, rewards, ended, not ended and self.t >= self.o["max_cycles"]
+        truncation = not ended and self.t >= self.o["max_cycles"]
+        return executed, rewards, [ended] * n, truncation, ended or truncation
 
     def picture(self, first=0):
         n = len(self.players)
@@ -199,37 +201,15 @@ GAMES = [
 @pytest.mark.parametrize("options", GAMES)
 def test_batch_agrees_with_a_slow_env(options, can_branch):
     """5 games x 30 envs x 40 steps, on the CPU's path and on the accelerators'."""
-    num_envs, rng, cleared, truncated = 30, random.Random(1), 0, 0
-    env = SnowdriftVecEnv(num_envs, "cpu", 3, **options)
+    rng = random.Random(1)
+    env = SnowdriftVecEnv(30, "cpu", 3, **options)
     env._can_branch = can_branch
-    step = env.reset(3)
-    slow = [SlowSnowdrift(env.options, cells) for cells in env.state_dict()["cells"].tolist()]
-    for _ in range(40):
-        actions = torch.full((num_envs, env.num_agents), STAY)
-        for n, one in enumerate(slow):
-            assert np.array_equal(step.state[n].numpy(), one.picture())
-            for i in range(env.num_agents):
-                legal = one.legal(i)
-                assert np.array_equal(step.obs[n, i].numpy(), one.observe(i))
-                assert step.action_mask[n, i].tolist() == legal
-                actions[n, i] = CLEAR if legal[CLEAR] and rng.random() < 0.5 else rng.randrange(6)
-        step = env.step(actions)
-        cells = env.state_dict()["cells"].tolist()
-        for n, one in enumerate(slow):
-            executed, rewards, ended, truncation = one.step(actions[n].tolist())
-            assert step.executed_actions[n].tolist() == executed
-            assert step.rewards[n].tolist() == pytest.approx(rewards)
-            assert step.terminations[n].tolist() == [ended] * env.num_agents
-            assert bool(step.truncations[n]) == truncation and bool(step.episode_over[n]) == (ended or truncation)
-            assert np.array_equal(step.final_state[n].numpy(), one.picture())
-            for i in range(env.num_agents):
-                assert np.array_equal(step.final_obs[n, i].numpy(), one.observe(i))
-            if ended or truncation:
-                assert step.episode_returns[n].tolist() == pytest.approx(one.returns)
-                assert step.episode_lengths[n] == one.t
-                slow[n] = SlowSnowdrift(env.options, cells[n])
-                cleared, truncated = cleared + ended, truncated + truncation
-    assert cleared and truncated
+
+    def choose(legal):
+        return CLEAR if legal[CLEAR] and rng.random() < 0.5 else rng.randrange(6)
+
+    ended, truncated = play_beside_slow_envs(env, lambda cells: SlowSnowdrift(env.options, cells), choose, 40)
+    assert ended > truncated > 0
 
 
 def play(names, preset="snowdrift-4x4-6d", num_envs=1024, seed=1):

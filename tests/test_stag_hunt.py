@@ -9,6 +9,7 @@ import numpy as np
 import pettingzoo
 import pytest
 import torch
+from grid_games import play_beside_slow_envs
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -325,40 +326,16 @@ GAMES = [
 @pytest.mark.parametrize("options", GAMES)
 def test_batch_agrees_with_a_slow_env(options, can_branch):
     """6 games x 34 envs x 50 steps = 10,200 random steps, on the CPU's path and on the accelerators'."""
-    num_envs, rng, ended = 34, random.Random(1), 0
-    env = StagHuntVecEnv(num_envs, "cpu", 3, **options)
+    rng = random.Random(1)
+    env = StagHuntVecEnv(34, "cpu", 3, **options)
     env._can_branch = can_branch
-    step = env.reset(3)
-    slow = [SlowStagHunt(env.options, cells) for cells in env.state_dict()["cells"].tolist()]
-    for _ in range(50):
-        actions = torch.full((num_envs, env.num_agents), STAY)
-        for n, one in enumerate(slow):
-            assert np.array_equal(step.state[n].numpy(), one.picture())
-            for i in range(env.num_agents):
-                legal = one.legal(i)
-                assert np.array_equal(step.obs[n, i].numpy(), one.observe(i))
-                assert step.action_mask[n, i].tolist() == legal
-                assert bool(step.active[n, i]) == (one.players[i] is not None)
-                hunts = [a for a in (STAG, HARE) if legal[a]]
-                actions[n, i] = rng.choice(hunts) if hunts and rng.random() < 0.5 else rng.randrange(7)
-        step = env.step(actions)
-        cells = env.state_dict()["cells"].tolist()
-        for n, one in enumerate(slow):
-            executed, rewards, terminations, truncation, over = one.step(actions[n].tolist())
-            assert step.executed_actions[n].tolist() == executed
-            assert step.rewards[n].tolist() == pytest.approx(rewards)
-            assert step.terminations[n].tolist() == terminations
-            assert bool(step.truncations[n]) == truncation and bool(step.episode_over[n]) == over
-            assert np.array_equal(step.final_state[n].numpy(), one.picture())
-            for i in range(env.num_agents):
-                assert np.array_equal(step.final_obs[n, i].numpy(), one.observe(i))
-                assert env.final_action_mask()[n, i].tolist() == one.legal(i)
-            if over:
-                assert step.episode_returns[n].tolist() == pytest.approx(one.returns)
-                assert step.episode_lengths[n] == one.t
-                slow[n] = SlowStagHunt(env.options, cells[n])
-                ended += 1
-    assert ended >= num_envs
+
+    def choose(legal):
+        hunts = [a for a in (STAG, HARE) if legal[a]]
+        return rng.choice(hunts) if hunts and rng.random() < 0.5 else rng.randrange(7)
+
+    ended, _ = play_beside_slow_envs(env, lambda cells: SlowStagHunt(env.options, cells), choose, 50)
+    assert ended >= 34
 
 
 @pytest.mark.parametrize("can_branch", [True, False])
