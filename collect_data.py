@@ -368,14 +368,20 @@ def plot_returns(axis: Any, dataset: Dataset, names: list[str]) -> None:
 def plot_actions(axis: Any, dataset: Dataset, names: list[str]) -> None:
     num_actions = dataset.meta["num_actions"]
     axis.set(title="share of actions (active agents)", xlabel="action")
-    if num_actions is None:
-        return
     shares = []
-    for k in range(len(names)):
+    for k, name in enumerate(names):
         mine = dataset.active & (dataset.policy_ids == k)  # [S, A]
-        counts = np.bincount(dataset.actions[mine], minlength=num_actions)
+        actions = dataset.actions[mine]
+        if num_actions is None:  # [V, n]: a curve for each of the n numbers
+            for i, numbers in enumerate(actions.T):
+                axis.hist(numbers, bins=40, density=True, histtype="step", label=f"{name}, {i}")
+            axis.set(title="density of each number of the actions", xlabel="value")
+            axis.legend(fontsize=7)
+            continue
+        counts = np.bincount(actions, minlength=num_actions)
         shares.append(counts / max(1, mine.sum()))
-    plot_bars(axis, shares, names)
+    if shares:
+        plot_bars(axis, shares, names)
 
 
 def plot_activity(axis: Any, dataset: Dataset, names: list[str]) -> None:
@@ -447,8 +453,8 @@ def main(args: Args) -> Path:
     check_limits(args, LIMITS)
     if not args.policies or len(set(args.policies)) < len(args.policies):
         raise UsageError(f"--policies: expected different names, at least one, got {' '.join(args.policies) or 'none'}")
-    env_kwargs = parse_env_kwargs(args.env_kwargs)
-    checked_env = check_env(args.env_id, args.backend, env_kwargs)
+    checked_env = check_env(args.env_id, args.backend, parse_env_kwargs(args.env_kwargs))
+    env_kwargs = checked_env.env_kwargs  # with those that stood in the id
     path = dataset_path(args)
 
     # ---- envs

@@ -9,8 +9,10 @@ import torch
 
 pytest.importorskip("vmas", reason="pip install -r requirements-vmas.txt")
 
+import collect_data
 import hyper_mappo
 import runs
+from dataset import load_dataset
 from envs import check_env, make_vec_env, vmas_vec
 from envs.vmas_vec import SCENARIOS, VmasVecEnv
 from runs import UsageError
@@ -344,3 +346,11 @@ def test_three_and_three_updates_equal_six(tmp_path):
     weights = [torch.load(d / "latest.pt", weights_only=True)["actor"] for d in (whole, part)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert (whole / "video.gif").exists() and (whole / "eval.json").exists()
+
+
+def test_a_dataset_tells_the_arguments_of_the_id(tmp_path):
+    flags = dict(num_steps=40, num_envs=4, policies=("random",), data_dir=str(tmp_path), name="toy", cuda=False)
+    path = collect_data.main(collect_data.Args(env_id="vmas:navigation?n_agents=3", **flags))
+    meta = load_dataset(path).meta
+    assert (meta["env_id"], meta["env_kwargs"], meta["num_agents"]) == ("vmas:navigation", {"n_agents": 3}, 3)
+    assert (path / "summary.png").stat().st_size > 0
