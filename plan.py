@@ -53,6 +53,7 @@ from world_model import CellLister, CellLists, Simulator, WorldModel, load_world
 
 TRUE = "true"  # what --opponents is given for the real scripts
 SAME_RETURN = 1e-3  # returns of so small a relative difference are the same: a learned world is no more exact
+UNIFORM_SHARE = 0.25  # of the priors (mcts), as of the noise in AlphaZero's
 CENTRE_SEQUENCES = 4096  # training sequences whose z are clustered
 
 
@@ -94,7 +95,7 @@ class Args:
     samples: int = 8
     """futures of each first action (K); mcts: trees per decision"""
     base_samples: int = 32
-    """futures of each base policy, by which the best of them is chosen (rollout)"""
+    """futures of each base policy, by which the best of them is chosen (rollout, mcts)"""
     caution: float = 2.0
     """standard errors of the K futures by which a first action must be better than the best base policy's own (rollout)
     """
@@ -1069,9 +1070,10 @@ class Planner:
         R, n = root.masks.shape
         each = torch.arange(R, device=root.masks.device)
         roots = root.take(each.repeat_interleave(K))
+        base = self.best_base(root).repeat_interleave(K)
         trees = Trees(R * K, self.args.simulations, n, each.device)
         for _ in range(self.args.simulations):
-            self.grow(trees, roots)
+            self.grow(trees, roots, base)
         visits, sums = trees.visits[:, 0], trees.sums[:, 0]  # [R * K, n]
         visits = visits.view(R, K, n).sum(1)
         worth = sums.view(R, K, n).sum(1) / visits.clamp(min=1)
@@ -1079,11 +1081,14 @@ class Planner:
         score = (visits + ties).masked_fill(~root.masks, -torch.inf)
         return score.argmax(1)
 
-    def grow(self, trees: Trees, root: Root) -> None:
-        """One future of each tree [T]: down to a node that is new, and what that is worth back up."""
+    def grow(self, trees: Trees, root: Root, base: Tensor) -> None:
+        """One future of each tree [T]: down to a node that is new, and what that is worth back up.
+
+        base [T]: the policy of the priors, mixed with a uniform one (a script's would rule out all else), and playouts.
+        """
         T = len(root.views)
         each = torch.arange(T, device=root.seats.device)
-        future = self.begin(root, each, torch.zeros_like(each))
+        future = self.begin(root, each, base)
         node = torch.zeros_like(future.out)  # [B]
         returns = torch.zeros(T, device=node.device)
         discount = torch.ones(T, device=node.device)
@@ -1094,6 +1099,8 @@ class Planner:
             if depth == 0:
                 masks[:, 0] = root.masks
             prior = self.own_logits(Now(seen, future, root), masks).softmax(1)
+            uniform = masks[:, 0] / masks[:, 0].sum(1, keepdim=True)
+            prior = torch.lerp(prior, uniform, UNIFORM_SHARE)
             noise = gumbel((T, *masks.shape[1:]), node.device)
             actions = self.others_actions(Now(seen, future, root), masks, noise)
             tree = future.out
@@ -1114,7 +1121,7 @@ class Planner:
         trees.back_up(path, returns)
 
     def worth(self, leaf: Future, root: Root, num_trees: int) -> Tensor:
-        """V of new positions, or what the first base policy gets from there. By `out`: [T]"""
+        """V of new positions, or what the base policy gets from there. By `out`: [T]"""
         if not len(leaf.t):
             return torch.zeros(num_trees, device=leaf.t.device)
         if self.value is None:

@@ -256,6 +256,16 @@ def test_the_only_right_action_of_two_steps_is_found(method):
     assert first_action(args, mirrored=True) == LEFT
 
 
+@pytest.mark.parametrize("method", ["rollout", "mcts"])
+def test_base_policies_that_fail_are_left(method):
+    """Beside a partner who stays away the stag hunter among the base policies, which is the first, gets nothing."""
+    args = true_args(method=method, partners=("stay:1",), episode_limit=8, simulations=40, horizon=8)
+    env, step = two_steps(mirrored=False)
+    planner = make_planner(args, env)
+    actions, _ = planner.act(step, planner.initial_state(1))
+    assert int(actions[0, 0]) == LEFT
+
+
 def lag(planner):
     """The world carries out what was decided one step ago."""
     right, before = planner.world.step, []
