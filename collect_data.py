@@ -327,7 +327,8 @@ def plot_summary(dataset: Dataset, path: Path) -> None:
     (returns, actions), (lengths, activity) = axes
     names = [Path(name).name for name in dataset.meta["policies"]]
     plot_returns(returns, dataset, names)
-    plot_actions(actions, dataset, names)
+    plot = plot_actions if dataset.meta["num_actions"] is not None else plot_action_numbers
+    plot(actions, dataset, names)
     plot_activity(activity, dataset, names)
     num_bins = min(50, int(dataset.episode_lengths.max()))
     lengths.hist(dataset.episode_lengths, bins=num_bins)
@@ -369,19 +370,21 @@ def plot_actions(axis: Any, dataset: Dataset, names: list[str]) -> None:
     num_actions = dataset.meta["num_actions"]
     axis.set(title="share of actions (active agents)", xlabel="action")
     shares = []
-    for k, name in enumerate(names):
+    for k in range(len(names)):
         mine = dataset.active & (dataset.policy_ids == k)  # [S, A]
-        actions = dataset.actions[mine]
-        if num_actions is None:  # [V, n]: a curve for each of the n numbers
-            for i, numbers in enumerate(actions.T):
-                axis.hist(numbers, bins=40, density=True, histtype="step", label=f"{name}, {i}")
-            axis.set(title="density of each number of the actions", xlabel="value")
-            axis.legend(fontsize=7)
-            continue
-        counts = np.bincount(actions, minlength=num_actions)
+        counts = np.bincount(dataset.actions[mine], minlength=num_actions)
         shares.append(counts / max(1, mine.sum()))
-    if shares:
-        plot_bars(axis, shares, names)
+    plot_bars(axis, shares, names)
+
+
+def plot_action_numbers(axis: Any, dataset: Dataset, names: list[str]) -> None:
+    """Of actions [S, A, n] that are no choice among a few: a curve for each of the n numbers."""
+    axis.set(title="density of each number of the actions", xlabel="value")
+    for k, name in enumerate(names):
+        actions = dataset.actions[dataset.active & (dataset.policy_ids == k)]  # [V, n]
+        for i, numbers in enumerate(actions.T):
+            axis.hist(numbers, bins=40, density=True, histtype="step", label=f"{name}, {i}")
+    axis.legend(fontsize=7)
 
 
 def plot_activity(axis: Any, dataset: Dataset, names: list[str]) -> None:

@@ -185,7 +185,7 @@ class Args:
     ent_coef: float = 0.02
     """weight of the entropy bonus, at the start of training"""
     final_ent_coef: float | None = 0.002
-    """what it falls to, linearly over --total-timesteps; None: it stays as it is"""
+    """what it falls to, linearly over --total-timesteps; None, or more than --ent-coef: it stays as it is"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -2020,7 +2020,8 @@ def follow_schedules(
     left = 1 - (update - 1) / num_updates
     for group in optimizer.param_groups:
         group["lr"] = (left if args.anneal_lr else 1.0) * group["initial_lr"]
-    if args.final_ent_coef is not None:
+    # DEVIATION: MAPPO's entropy bonus is constant.
+    if args.final_ent_coef is not None and args.final_ent_coef < args.ent_coef:
         ent_coef.fill_(args.final_ent_coef + left * (args.ent_coef - args.final_ent_coef))
 
 

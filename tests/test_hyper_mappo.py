@@ -1255,6 +1255,8 @@ def test_the_entropy_bonus_falls_linearly(tmp_path):
         run_dir = run(tmp_path / str(final), total_timesteps=4 * 32, final_ent_coef=final, **flags)
         coefs[final] = [float(row["charts/ent_coef"]) for row in metrics(run_dir)]
     assert coefs == {None: [0.5] * 4, 0.1: pytest.approx([0.5, 0.4, 0.3, 0.2])}
+    without = run(tmp_path / "without", total_timesteps=64, **{**flags, "ent_coef": 0.0, "final_ent_coef": 0.1})
+    assert [float(row["charts/ent_coef"]) for row in metrics(without)] == [0.0, 0.0]  # it never rises
     resumed = run(tmp_path / "more", total_timesteps=2 * 32, final_ent_coef=0.1, **flags)
     run(tmp_path / "more", total_timesteps=4 * 32, final_ent_coef=0.1, resume=str(resumed), **flags)
     assert float(metrics(resumed)[-1]["charts/ent_coef"]) == pytest.approx(0.2)
