@@ -828,9 +828,12 @@ def one_line_errors(program: Callable[[], Any]) -> int:
     KEPT.clear()
     try:
         result = program()
+        sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return nobody_reads()
     except (RunError, FloatingPointError) as error:
         return broke_down(str(error), traceback_of(error))
     except KeyboardInterrupt:
@@ -853,6 +856,15 @@ def one_line_errors(program: Callable[[], Any]) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return result if isinstance(result, int) else 0
+
+
+def nobody_reads() -> int:
+    """The end of a program whose output goes into a pipe that was closed (`... | head`): -> the exit code."""
+    # What is still in stdout's buffer would be written at the interpreter's end, and fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if KEPT:
+        print("; ".join(["stopped, nobody reads the output", *how_to_go_on()]), file=sys.stderr)
+    return 1
 
 
 def how_to_go_on() -> list[str]:

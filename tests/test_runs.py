@@ -586,6 +586,20 @@ def test_an_ascii_terminal_gets_no_error():
     assert (done.returncode, done.stdout) == (0, b"1 ? 2\n"), done.stderr
 
 
+@pytest.mark.parametrize("flushed", [True, False])
+def test_a_closed_pipe_ends_a_program_quietly(flushed):
+    program = "import sys, runs; from tests.test_runs import OneFlag\n"
+    program += "def main(args):\n"
+    program += "    sys.stdin.read()\n"  # until the reader has closed its end
+    program += f"    print('nobody reads this', flush={flushed})\n"
+    program += "sys.exit(runs.command_line(OneFlag, main, {}, []))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 1)
+
+
 def test_a_saved_run_gives_the_defaults_and_refuses_contradictions(capsys):
     seen = []
 
