@@ -163,6 +163,10 @@ class Args:
     can. None: 0.97 on the stag hunts, else 0"""
     gamma: float = 0.99
     """discount"""
+    bootstrap_time_limit: bool = True
+    """an episode that the time limit cuts would go on: the value of its last state counts. Without: the limit is a rule
+    like any other, nothing comes after it (where it is part of the game, or where the critic, which has no memory,
+    cannot know what the actor remembers)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int | None = None
@@ -286,10 +290,8 @@ ARCHITECTURE = (
 EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_steps partners partner_switch".split()
 FIXED_BY_CHECKPOINT = [*EPISODES_IN_FLIGHT, *ARCHITECTURE]
 # These do nothing without a context, or without a hypernetwork.
-CONTEXT_ONLY = "hyper_context history context_size context_heads chunk_length subgoals".split()
-HYPER_ONLY = (
-    "share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval hyper_learning_rate"
-).split()
+CONTEXT_ONLY = "hyper_context history context_size context_heads chunk_length subgoals hyper_learning_rate".split()
+HYPER_ONLY = ("share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval").split()
 # What a checkpoint holds, beside its format.
 SAVED = "args spec update global_step workers probe target actor critic value_norm optimizer".split()
 # The columns of metrics.csv; a row leaves out what its run or its update does not have.
@@ -1826,8 +1828,9 @@ def resolve(args: Args, checked: CheckedEnv, device: torch.device, world_size: i
         update_threads=update_threads,
         resume=None,
     )
-    if args.hyper != "none" and args.hyper_learning_rate is None:
-        return replace(resolved, hyper_learning_rate=FORMS[args.hyper].learning_rate)
+    if args.hyper_learning_rate is None and (args.hyper != "none" or args.actor_context):
+        form = FORMS.get(args.hyper, HyperNetwork)  # --actor-context is a context without a hypernetwork
+        return replace(resolved, hyper_learning_rate=form.learning_rate)
     return resolved
 
 
@@ -2002,10 +2005,7 @@ def make_optimizer(actor: Actor, critic: Critic, args: Args) -> torch.optim.Opti
     base_params, hyper_params = split_parameters(actor)
     groups = [{"params": [*base_params, *critic.parameters()], "initial_lr": args.learning_rate}]
     if hyper_params:
-        hyper_rate = args.hyper_learning_rate
-        if hyper_rate is None:  # --actor-context: a context without a hypernetwork
-            hyper_rate = HyperNetwork.learning_rate
-        groups.append({"params": hyper_params, "initial_lr": hyper_rate})
+        groups.append({"params": hyper_params, "initial_lr": args.hyper_learning_rate})
     return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
 
 
@@ -2473,7 +2473,7 @@ def main(args: Args) -> Path:
                 # An episode cut by the time limit still has a value: that of its true last state, not of the next
                 # episode's first. (Asking whether there is one is free on a CPU and would stall an accelerator.)
                 cut_values = torch.zeros_like(values)
-                if device.type != "cpu" or step.truncations.any():
+                if resolved.bootstrap_time_limit and (device.type != "cpu" or step.truncations.any()):
                     cut_values = state_values(critic, value_norm, step.final_state, step.final_obs)
                 ended = step.terminations | ~step.active | step.episode_over.unsqueeze(-1)  # [N, A]
                 record(rollout, t, T, rewards=step.rewards, terminations=step.terminations, ended=ended)

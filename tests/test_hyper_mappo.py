@@ -1356,13 +1356,37 @@ def test_init_from_starts_at_the_saved_policy(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "hyper, given, rate", [("delta", None, 5e-4), ("last-layer", None, 1e-4), ("delta", 3e-4, 3e-4)]
+    "form, given, rate",
+    [
+        ({"hyper": "delta"}, None, 5e-4),
+        ({"hyper": "last-layer"}, None, 1e-4),
+        ({"hyper": "delta"}, 3e-4, 3e-4),
+        ({"hyper": "none", "actor_context": True}, None, 5e-4),
+        ({"hyper": "none", "actor_context": True}, 3e-4, 3e-4),
+    ],
+    ids=str,
 )
-def test_hypernetwork_has_a_learning_rate_of_its_own(tmp_path, hyper, given, rate):
-    base, generated = load_checkpoint(run(tmp_path, hyper=hyper, hyper_learning_rate=given))["optimizer"][
-        "param_groups"
-    ]
+def test_context_and_hypernetwork_have_a_learning_rate_of_their_own(tmp_path, form, given, rate):
+    run_dir = run(tmp_path, **form, hyper_learning_rate=given)
+    base, generated = load_checkpoint(run_dir)["optimizer"]["param_groups"]
     assert base["lr"] == Args.learning_rate and generated["lr"] == rate
+    assert json.loads((run_dir / "args.json").read_text())["hyper_learning_rate"] == rate
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_without_bootstrap_nothing_comes_after_the_time_limit(tmp_path, monkeypatch, bootstrap):
+    rollouts = []
+    real = hyper_mappo.learning_targets
+
+    def learning_targets(rollout, *args):
+        rollouts.append({name: x.clone() for name, x in rollout.items()})
+        return real(rollout, *args)
+
+    monkeypatch.setattr(hyper_mappo, "learning_targets", learning_targets)
+    run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT, bootstrap_time_limit=bootstrap)
+    cut = torch.cat([rollout["truncations"].any(-1) for rollout in rollouts])
+    values = torch.cat([rollout["cut_values"] for rollout in rollouts])
+    assert cut.any() and bool((values[cut] != 0).any()) == bootstrap
 
 
 @pytest.mark.parametrize("interval", [1, 3])
