@@ -170,7 +170,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int | None = None
-    """minibatches per epoch; None: 32 batched, 4 genuine, or what divides the rollout"""
+    """minibatches per epoch; None: 64 batched, 4 genuine, or what divides the rollout"""
     chunk_length: int = 1
     """with a context, training sequences are this many consecutive steps (truncated backpropagation through time); must
     divide num_steps. Longer ones learn longer memories, but their samples are alike: see the docs"""
@@ -180,7 +180,7 @@ class Args:
     """normalise advantages over the rollout's active samples"""
     clip_coef: float = 0.2
     """PPO's clipping of the policy ratio"""
-    clip_vloss: bool = True
+    clip_vloss: bool = False
     """clip the value's change by clip_coef too (in normalised units)"""
     huber_delta: float | None = 10.0
     """the value loss turns linear past this error (in normalised units); None: squared error"""
@@ -1299,9 +1299,9 @@ def clipped_policy_loss(
 
 
 def value_loss(newvalue: Tensor, mb: Batch, weights: Tensor, args: Args) -> Tensor:
-    """Huber loss of the values [L, S, A], the larger of the plain and the clipped one."""
+    """Huber loss of the values [L, S, A]; with --clip-vloss the larger of the plain and the clipped one."""
     error = regression_loss(newvalue - mb["returns"], args.huber_delta)
-    if args.clip_vloss:
+    if args.clip_vloss:  # DEVIATION: MAPPO clips, by default this does not
         change = (newvalue - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
         v_clipped = mb["values"] + change
         error = torch.max(error, regression_loss(v_clipped - mb["returns"], args.huber_delta))
@@ -1803,7 +1803,7 @@ def resolve(args: Args, checked: CheckedEnv, device: torch.device, world_size: i
         num_envs = 128 if batched else 8
     if num_minibatches is None:
         sequences, _ = sequences_of_a_process(args, num_envs, world_size)
-        num_minibatches = math.gcd(32 if batched else 4, sequences)
+        num_minibatches = math.gcd(64 if batched else 4, sequences)
     if update_epochs is None:
         update_epochs = 1 if batched else 4
     update_threads = args.update_threads

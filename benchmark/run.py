@@ -65,10 +65,8 @@ def compare(base: str, members: dict[str, str], seeds: int) -> list[Member]:
     return compared
 
 
-# One epoch of many small minibatches, see the search in docs/results/hyper_mappo.md.
-EPOCHS = "--update-epochs 1 --num-minibatches 32"
-PURSUIT = f"--env-id pursuit --eval-episodes 20 {EPOCHS}"
-STAG_HUNT = f"--env-id stag_hunt-8x8-4h1s --eval-episodes 200 {EPOCHS}"
+PURSUIT = "--env-id pursuit --eval-episodes 20"
+STAG_HUNT = "--env-id stag_hunt-8x8-4h1s --eval-episodes 200"
 FORMS = {
     "none": "--hyper none",
     "delta": "--hyper delta",
@@ -112,7 +110,10 @@ SUITES: dict[str, list[Member]] = {
         {"none": "--hyper none", "delta": "--hyper delta"},
         5,
     ),
-    "pursuit": compare(f"{PURSUIT} --total-timesteps 3000000", FORMS, 8),
+    "pursuit": [
+        *compare(f"{PURSUIT} --total-timesteps 3000000", FORMS, 8),
+        *compare(f"{PURSUIT} --total-timesteps 2000000", {"delta, 2 M": "--hyper delta"}, 8),
+    ],
     "pursuit-long": compare(
         f"{PURSUIT} --total-timesteps 6000000", {"delta": "--hyper delta", "none": "--hyper none"}, 5
     ),

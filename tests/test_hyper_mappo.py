@@ -1660,7 +1660,7 @@ def test_args_json_alone_repeats_the_run(tmp_path, monkeypatch, flags):
     first = hyper_mappo.main(Args(**small, **flags, runs_dir=str(tmp_path / "first")))
     saved = json.loads((first / "args.json").read_text())
     assert saved["update_epochs"] == 1
-    assert saved["backend"] == "batched" and (saved["num_envs"], saved["num_minibatches"]) == (128, 32)
+    assert saved["backend"] == "batched" and (saved["num_envs"], saved["num_minibatches"]) == (128, 64)
     if flags != {"hyper": "none"}:
         rates = {"last-layer": 1e-4}
         assert saved["hyper_learning_rate"] == rates.get(saved["hyper"], 5e-4)
