@@ -393,8 +393,13 @@ class Context(nn.Module):
 
     joint:    an encoding of each agent's observation, attention over agents, then a GRU or LSTM over time
     local:    the same without attention: nothing of the other agents
-    agent-id: a learned embedding of the seat (HyperMARL, arXiv 2412.04233), no history
+    agent-id: a learned vector of the seat (HyperMARL, arXiv 2412.04233), no history
+
+    With --agent-id the vector of the seat is added to a joint or local context, too. The vectors start orthogonal: what
+    one agent learns through its own then moves nobody else's weights, so that agents can become unlike.
     """
+
+    SEAT_NORM = 3.0  # of a seat's vector at the start: as much of what is learned as there is of a joint context
 
     def __init__(self, num_features: int, num_agents: int, num_subgoals: int, args: Args):
         super().__init__()
@@ -402,11 +407,15 @@ class Context(nn.Module):
         self.size, self.heads = C, args.context_heads
         self.kind, self.shared = args.hyper_context, args.share_delta
         self.history = args.history
-        num_inputs = num_features
+        num_inputs = num_features + num_subgoals
         if self.kind == "agent-id":
             self.history = "none"
-            num_inputs = num_agents
-        self.encoder = layer_init(nn.Linear(num_inputs + num_subgoals, C))
+            num_inputs = num_subgoals
+        self.encoder = layer_init(nn.Linear(num_inputs, C)) if num_inputs else None
+        self.seats = None
+        if self.kind == "agent-id" or (args.agent_id and not args.share_delta):
+            seats = nn.init.orthogonal_(torch.empty(num_agents, C), self.SEAT_NORM)
+            self.seats = nn.Parameter(seats)
         if self.kind == "joint":
             self.qkv = layer_init(nn.Linear(C, 3 * C), 1.0)
             self.attention_out = layer_init(nn.Linear(C, C), 1.0)
@@ -426,7 +435,12 @@ class Context(nn.Module):
 
     def previous(self, hidden: Tensor, active: Tensor) -> Tensor:
         """The context before: hidden [N, A, hidden_size], active [N, A] -> [N, A, C]; a shared one without who left"""
-        return self.share(hidden[..., : self.size], active)
+        return self.finish(hidden[..., : self.size], active)
+
+    def finish(self, x: Tensor, active: Tensor) -> Tensor:
+        """What was read off observations becomes the context, shared or of a seat: [..., A, C] -> [..., A, C]"""
+        x = self.share(x, active)
+        return x if self.seats is None else x + self.seats
 
     def share(self, x: Tensor, active: Tensor) -> Tensor:
         """With --share-delta every agent gets the mean over the active ones: [..., A, C] -> [..., A, C]"""
@@ -450,19 +464,22 @@ class Context(nn.Module):
         episode opens here), hidden [N, A, hidden_size] -> context [T, N, A, C], hidden after step T
         """
         T, N, A = active.shape
+        seen = features
         if self.kind == "agent-id":
-            seats = torch.eye(A, device=active.device)
-            features = seats.expand(T, N, A, A)
-        if z is not None:
-            features = torch.cat([features, z], dim=-1)
-        x = self.encoder(features).relu_()  # [T, N, A, C]
+            seen = z
+        elif z is not None:
+            seen = torch.cat([features, z], dim=-1)
+        if seen is None:
+            x = torch.zeros(T, N, A, self.size, device=active.device)
+        else:
+            x = self.encoder(seen).relu_()  # [T, N, A, C]
         if self.kind == "joint":
             x = x + self.attend(x, active)
         if self.history == "none":
             hidden = x[-1]
         else:
             x, hidden = self.run_history(x, starts, hidden)
-        return self.share(x, active), hidden
+        return self.finish(x, active), hidden
 
     def attend(self, x: Tensor, active: Tensor) -> Tensor:
         """Scaled dot-product attention over agents: [T, N, A, C] -> [T, N, A, C]

@@ -1707,6 +1707,33 @@ def test_a_checkpoint_with_unresolved_args_loads_resumes_and_is_started_from(tmp
     assert "--long-gone" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("context", ["joint", "local", "agent-id"])
+def test_agents_with_seats_of_their_own_do_not_move_each_others_deltas(context):
+    """By --agent-id codes are nearly orthogonal: a step on agent 0's loss moves agent 0's delta, not agent 1's."""
+
+    def moved(agent_id):
+        torch.manual_seed(0)
+        flags = dict(hyper_context=context, agent_id=agent_id, context_size=8, hyper_basis=8, hyper_rank=0)
+        actor = Actor(spec(), Args(hyper="delta", history="none", hidden_size=32, **flags))
+        obs = torch.randn(1, 6, 1, 5).expand(1, 6, 3, 5)  # all agents see the same
+        active, starts = torch.ones(1, 6, 3, dtype=torch.bool), torch.zeros(1, 6, dtype=torch.bool)
+        inputs = (obs, None, active, starts, torch.zeros(6, 3, actor.hidden_size))
+        before = actor(*inputs)[0]
+        before[:, :, 0, 0].sum().backward()
+        for basis in actor.hyper.down:
+            basis.weight.data += 1e-3 * basis.weight.grad
+            basis.bias.data += 1e-3 * basis.bias.grad
+        with torch.no_grad():
+            return (actor(*inputs)[0] - before).square().sum((0, 1, 3)).sqrt()  # [A]
+
+    own, other, _ = moved(agent_id=True)
+    assert own > 0
+    assert other < 0.35 * own
+    if context != "agent-id":
+        own, other, _ = moved(agent_id=False)
+        torch.testing.assert_close(own, other)  # who sees the same has the same code
+
+
 @pytest.mark.parametrize("broken", ["act", "check_args", "ppo_loss"])
 def test_an_error_of_the_program_is_a_traceback_not_a_users_mistake(tmp_path, monkeypatch, broken):
     def breaks(*args, **kwargs):
