@@ -5,6 +5,8 @@
     python benchmark/adaptation.py --solve             # small hunts, over all policies: 10 minutes
     python benchmark/adaptation.py --settings stag_hunt-4x4-4h1s --responses runs/POOL runs/KNOWS   # trained ones too
 
+Who closes the gap: benchmark/adaptation_agents.py.
+
 A setting is an env and the mixes of partners that learner 0 meets, each equally often.
 
     oracle    mean over mixes of the best response to that mix: who knows the partners
@@ -219,13 +221,19 @@ class Trier:
         return has_failed | (hunted & beside)  # whoever caught it is gone
 
 
+# A player by its name, or what makes one for an env and the mix that it may be told
+Response = str | Callable[[VecEnv, tuple[str, ...]], Any]
+
+
 def make_response(
-    name: str,
+    name: Response,
     env: VecEnv,
     setting: Setting,
     mix: tuple[str, ...],
 ) -> Any:
     """A player by its name: watch-REACH, tries, a script, a run folder, plan:RUN for one of plan.py's."""
+    if callable(name):
+        return name(env, mix)
     if name == "tries":
         return Trier(env)
     kind, _, reach = name.partition("-")
@@ -247,7 +255,7 @@ def default_responses(env_id: str) -> list[str]:
 @torch.no_grad()
 def play(
     setting: Setting,
-    response: str,
+    response: Response,
     mix: tuple[str, ...],
     episodes: int,
     seed: int,
