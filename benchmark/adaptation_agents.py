@@ -52,7 +52,7 @@ class Job:
 
     name: str
     script: str
-    flags: str  # {env}, {pool}, {alike}, {known}, {limit}, {seed}, {steps}; {folder of NAME} is what the job NAME made
+    flags: str  # words in braces: see Place.command; {folder of NAME} is what the job NAME made
     needs: tuple[str, ...] = ()
 
 
@@ -95,6 +95,8 @@ JOBS = {
         recorded("data, held out", "nearest_stag nearest_hare random", "{known}"),
         world_model("world model, held out", "data, held out"),
         opponents("opponents, held out", "data, held out"),
+        recorded("data, held out, one stays", "nearest_stag nearest_hare random stay", "{known_or_stays}"),
+        opponents("opponents, held out, one stays", "data, held out, one stays"),
         trained("plain PPO", "--hyper none"),
         trained("actor-context", f"--hyper none --actor-context {LOCAL}"),
         trained("delta", f"--hyper delta {LOCAL} {FREE}"),
@@ -128,6 +130,9 @@ PLANNERS = {
     "rollout, true opponents": Planned({"opponents": "true"}, {"world_model": "world model"}),
     "rollout, 6 subgoals": Planned({"subgoals": 6}),
     "rollout, held out": Planned({}, {"world_model": "world model, held out", "opponents": "opponents, held out"}),
+    "rollout, held out, one stays": Planned(
+        {}, {"world_model": "world model, held out", "opponents": "opponents, held out, one stays"}
+    ),
     "one-step": Planned(
         {"method": "one-step"},
         {"world_model": "world model", "opponents": "opponents", "policy": "self-play"},
@@ -193,13 +198,14 @@ class Place:
         setting = self.setting
         names = [mix[0].rpartition(":")[0] for mix in setting.mixes]
         seats = setting.mixes[0][0].rpartition(":")[2]
-        known = [name for name in names if name != HELD_OUT]
+        known = [name for name in names if name != HELD_OUT] + ["nearest_hare", "random"]
         env_kwargs = shlex.quote(json.dumps(setting.env_kwargs))
         words = {
             "env": f"--env-id {setting.env_id} --env-kwargs {env_kwargs}",
             "pool": setting.pool[0],
             "alike": f"same={','.join(names)}:{seats}",
-            "known": f"same={','.join([*known, 'nearest_hare', 'random'])}:{seats}",
+            "known": f"same={','.join(known)}:{seats}",
+            "known_or_stays": f"same={','.join([*known, 'stay'])}:{seats}",
             "limit": str(setting.env_kwargs["max_cycles"]),
             "seed": str(self.seed),
             "steps": str(self.args.env_steps),

@@ -7,7 +7,8 @@ If so the partner will never hunt. The observation looks the same either way, so
 
     context        balanced accuracy of a linear probe on the context that the actor gets, in episodes it has not seen
     observation    the same probe on the observation: what can be known without a memory
-    leaves         how often the policy's action goes away from the stag, where it has failed before
+    leaves         how often the policy's action goes away from the stag, where it has failed before and where not
+    value          what the critic expects there, where it has failed before
 
     python benchmark/adaptation_probe.py --setting 4x4-2p1h-T10-1to3 --told-steps 300000
 
@@ -33,7 +34,7 @@ import hyper_mappo
 from benchmark.adaptation import SETTINGS, Setting, Trier
 from envs import EnvStep, VecEnv, make_vec_env, stag_hunt
 from envs.players import Partners
-from hyper_mappo import Policy, make_policy
+from hyper_mappo import Policy, load_critic, make_policy
 from runs import UsageError, command_line, read_metrics
 
 Samples = dict[str, Tensor]
@@ -73,7 +74,8 @@ def samples(
 ) -> Samples:
     """What is known at the steps that are asked about, of the first episode of each env.
 
-    contexts [B, C], obs [B, F], failed [B] bool, leaves [B] bool, env [B]. UsageError: a policy without a context.
+    contexts [B, C], obs [B, F], failed [B] bool, leaves [B] bool, values [B], env [B]. UsageError: a policy without a
+    context.
     """
     torch.manual_seed(seed)
     env = make_vec_env(setting.env_id, episodes, "cpu", seed, **setting.env_kwargs)
@@ -81,6 +83,7 @@ def samples(
     if not isinstance(policy, Policy) or policy.actor.context is None:
         raise UsageError(f"--runs: expected a policy with a context, got {run_dir}: train with --hyper delta, say")
     C = policy.actor.context.size
+    critic = load_critic(run_dir)
     partners = Partners(setting.pool, env, make_policy, seed)
     trier = Trier(env)
     memory, failed = policy.initial_state(episodes), trier.initial_state(episodes)
@@ -95,6 +98,7 @@ def samples(
             "obs": step.obs[asked, 0].flatten(1).float(),
             "failed": failed[asked],
             "leaves": actions[asked, 0] < stag_hunt.STAY,  # one of the four moves
+            "values": critic(step.state, step.obs)[asked, 0],
             "env": asked,
         }
         for name, x in found.items():
@@ -142,6 +146,7 @@ def report(run_dir: str, args: Args) -> str:
     cells = [f"{balanced_accuracy(found[name], failed, fits):.1%}" for name in ("contexts", "obs")]
     leaves = found["leaves"].float()
     cells += [f"{leaves[failed].mean():.1%}", f"{leaves[~failed].mean():.1%}"]
+    cells.append(f"{found['values'][failed].mean():.2f}")
     return f"| {Path(run_dir).name} | {len(failed):,} | {' | '.join(cells)} |"
 
 
@@ -232,8 +237,8 @@ def main(args: Args) -> None:
         print(f"plain PPO that is told its partner returns {train_told(args):.3f}", flush=True)
     if not args.runs:
         return
-    print("| run | steps | context | observation | leaves, has failed | leaves, has not |")
-    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    print("| run | steps | context | observation | leaves, has failed | leaves, has not | value |")
+    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for run_dir in args.runs:
         print(report(run_dir, args), flush=True)
 

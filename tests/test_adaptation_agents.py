@@ -54,7 +54,7 @@ def test_commands_are_those_of_the_setting(tmp_path):
     assert flags["--partners"] == "same=nearest_stag*1,waits_at_stag*3:1" and flags["--hyper"] == "full"
     assert flags["--env-kwargs"] == '{"height": 4, "width": 4, "num_players": 2, "num_hares": 1, "max_cycles": 10}'
     # What is held out is in no recording that those models learn from, what is known in all of them.
-    for name, held_out in (("data", False), ("data, held out", True)):
+    for name, held_out in (("data", False), ("data, held out", True), ("data, held out, one stays", True)):
         words = " ".join(place.command(JOBS[name]))
         assert ("waits_at_stag" in words) != held_out and "same=nearest_stag" in words
     assert JOBS["opponents, held out"].needs == ("data, held out",)
@@ -109,7 +109,7 @@ def test_an_agent_is_trained_and_played_once(tmp_path, capsys):
     args = Args(
         settings=("4x4-2p1h-T10-1to3",),
         seeds=(3,),
-        agents=("tries", "plain PPO"),
+        agents=("tries", "actor-context"),
         env_steps=5120,
         episodes=20,
         runs_dir=tmp_path / "runs",
@@ -117,18 +117,22 @@ def test_an_agent_is_trained_and_played_once(tmp_path, capsys):
     )
     main(args)
     first = capsys.readouterr().out
-    assert "seed 3: plain PPO, " in first and "played" in first
+    assert "seed 3: actor-context, " in first and "played" in first
     rows = list(csv.DictReader((tmp_path / "results/adaptation_agents.csv").open(encoding="utf-8")))
     assert [(x["agent"], x["env_steps"], x["mix"]) for x in rows] == [
         ("tries", "0", "nearest_stag:1"),
         ("tries", "0", "waits_at_stag:1"),
-        ("plain PPO", "5120", "nearest_stag:1"),
-        ("plain PPO", "5120", "waits_at_stag:1"),
+        ("actor-context", "5120", "nearest_stag:1"),
+        ("actor-context", "5120", "waits_at_stag:1"),
     ]
     assert float(rows[0]["mean_return"]) == 5.0 and 0 <= float(rows[2]["mean_return"]) <= 5
     main(args)
     second = capsys.readouterr().out
-    assert "done" not in second and "played" not in second and "| plain PPO | 5,120 | 1 |" in second
+    assert "done" not in second and "played" not in second and "| actor-context | 5,120 | 1 |" in second
+    found = samples(str(Place(args, GAP, 3).made("actor-context")), GAP, 400, 1)
+    count = len(found["env"])
+    assert 0 < found["failed"].sum() < count and found["contexts"].shape == (count, 64)
+    assert found["obs"].shape == (count, 80) and all(x.float().isfinite().all() for x in found.values())
 
 
 def test_unknown_names_are_one_line():
