@@ -58,6 +58,12 @@ class Args:
     """minibatches per epoch"""
     hidden_size: int = 128
     """width of the two hidden layers of actor and critic"""
+    entropy_coef: float = 0.01
+    """weight of the entropy bonus; BenchMARL's own is 0"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation; BenchMARL's own is 0.9"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient; BenchMARL's own is 5"""
     updates: int = 3
     """updates; the first is start-up and not counted"""
     num_threads: int | None = None
@@ -132,10 +138,10 @@ def train(args: Args) -> dict:
     config.on_policy_n_minibatch_iters = args.update_epochs
     config.on_policy_minibatch_size = batch_size // args.num_minibatches
     config.max_n_iters, config.max_n_frames = args.updates, None
-    config.lr, config.clip_grad_val = 5e-4, 0.5
+    config.lr, config.clip_grad_val = 5e-4, args.max_grad_norm
     config.evaluation, config.render, config.loggers, config.create_json = False, False, ["csv"], False
     algorithm = MappoConfig.get_from_yaml()
-    algorithm.entropy_coef, algorithm.lmbda = 0.01, 0.95
+    algorithm.entropy_coef, algorithm.lmbda = args.entropy_coef, args.gae_lambda
     sizes = [args.hidden_size, args.hidden_size]
     model = MlpConfig(num_cells=sizes, layer_class=torch.nn.Linear, activation_class=torch.nn.ReLU)
     if args.task == "pursuit":

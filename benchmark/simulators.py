@@ -2,10 +2,11 @@
 
     python benchmark/simulators.py run simulators-dispersion --jobs 1
     python benchmark/simulators.py plot simulators-dispersion --baseline "shared, id"
-    python benchmark/simulators.py benchmarl --benchmarl-python benchmarl-venv/bin/python    # joins simulators-balance
-    python benchmark/simulators.py curves simulators-balance      # what the runs were paid while they trained
+    python benchmark/simulators.py benchmarl --benchmarl-python benchmarl-venv/bin/python    # joins the next ones
+    python benchmark/simulators.py curves simulators-benchmarl-balance simulators-benchmarl-transport
 
-`run` and `plot` take what those two scripts take. Rows: benchmark/results/SUITE.csv.
+`run` and `plot` take what those two scripts take; `curves` shows what the runs were paid while they trained.
+Rows: benchmark/results/SUITE.csv.
 """
 
 from __future__ import annotations
@@ -40,57 +41,68 @@ SPECIALISE = {
 BATCH = "--num-envs 256 --num-steps 32 --eval-episodes 256 --ent-coef 0.005"
 # Food of VMAS's own radius, 0.05, is found too seldom for anything to be learnt in so few env steps.
 DISPERSION = "vmas:dispersion?food_radius=0.15"
-# BenchMARL's arguments of the scenario, and the rollouts that its side has too.
-BALANCE = "vmas:balance?n_agents=4&package_mass=5&random_package_pos_on_line=true"
-BALANCE_ENVS, BALANCE_STEPS, BALANCE_UPDATES = 128, 64, 25
-BALANCE_FLAGS = (
-    f"--env-id '{BALANCE}' --num-envs {BALANCE_ENVS} --num-steps {BALANCE_STEPS} "
-    f"--total-timesteps {BALANCE_ENVS * BALANCE_STEPS * BALANCE_UPDATES} --eval-episodes 256"
-)
+# BenchMARL's arguments of its scenarios, and the rollouts and gradient steps that its side has too.
+TASKS = {
+    "balance": "n_agents=4&package_mass=5&random_package_pos_on_line=true",
+    "navigation": "n_agents=3&collisions=true&agents_with_same_goal=1&shared_rew=false",
+    "transport": "n_agents=4&n_packages=1&package_width=0.15&package_length=0.15&package_mass=50",
+    "discovery": "n_agents=5&n_targets=7&agents_per_target=2&targets_respawn=true&shared_reward=true",
+}
+NUM_ENVS, NUM_STEPS, UPDATES = 128, 64, 25
 BENCHMARL = "BenchMARL"
+FLAGS = (
+    f"--num-envs {NUM_ENVS} --num-steps {NUM_STEPS} --total-timesteps {NUM_ENVS * NUM_STEPS * UPDATES} "
+    "--update-epochs 4 --num-minibatches 8 --eval-episodes 256 --hyper none"
+)
+
+
+def suite_of(task: str) -> str:
+    """The suite that compares with BenchMARL."""
+    return f"simulators-{BENCHMARL.lower()}-{task}"
+
+
 SUITES = {
     "simulators-dispersion": run.compare(
         f"--env-id '{DISPERSION}' {BATCH} --total-timesteps 245760",
         SPECIALISE,
-        3,
+        5,
     ),
     "simulators-navigation": run.compare(
         f"--env-id 'vmas:navigation?n_agents=4' {BATCH} --total-timesteps 245760",
         SPECIALISE,
-        3,
-    ),
-    "simulators-balance": run.compare(
-        BALANCE_FLAGS,
-        {"ours": "--hyper none"},
-        3,
+        5,
     ),
 }
+for task, arguments in TASKS.items():
+    SUITES[suite_of(task)] = run.compare(f"--env-id 'vmas:{task}?{arguments}' {FLAGS}", {"ours": ""}, 5)
 
 
 @dataclass
 class BenchmarlArgs:
     benchmarl_python: Path
     """interpreter of a virtual environment with benchmark/requirements-benchmarl.txt"""
-    seeds: tuple[int, ...] = (1, 2, 3)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """scenarios"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """seeds of its runs"""
-    updates: int = BALANCE_UPDATES
+    updates: int = UPDATES
     """rollouts of each run"""
     results: Path = run.RESULTS
     """folder of the rows and curves"""
 
 
-def benchmarl_command(args: BenchmarlArgs, seed: int) -> list[str]:
-    """BenchMARL's MAPPO on balance: as many env steps, gradient steps and weights as ours."""
+def benchmarl_command(task: str, updates: int, seed: int) -> list[str]:
+    """BenchMARL's MAPPO: as many env steps, gradient steps and weights as ours."""
     return [
         "benchmark/benchmarl_mappo.py",
         "--task",
-        "vmas:balance",
+        f"vmas:{task}",
         "--num-envs",
-        str(BALANCE_ENVS),
+        str(NUM_ENVS),
         "--num-steps",
-        str(BALANCE_STEPS),
+        str(NUM_STEPS),
         "--updates",
-        str(args.updates),
+        str(updates),
         "--num-threads",
         "1",
         "--seed",
@@ -98,28 +110,28 @@ def benchmarl_command(args: BenchmarlArgs, seed: int) -> list[str]:
     ]
 
 
-def benchmarl_row(args: BenchmarlArgs, seed: int) -> dict:
+def benchmarl_row(args: BenchmarlArgs, task: str, seed: int) -> dict:
     """Trains, writes the curve of training returns, and gives the row; there is no evaluation."""
-    words = benchmarl_command(args, seed)
+    words = benchmarl_command(task, args.updates, seed)
     started = time.perf_counter()
     done = subprocess.run([args.benchmarl_python, *words], cwd=run.ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UsageError(f"BenchMARL ended with: {done.stderr.strip().splitlines()[-1]}: see its own command {words}")
     wall = time.perf_counter() - started
     report = json.loads(done.stdout.strip().splitlines()[-1])
-    batch_size = BALANCE_ENVS * BALANCE_STEPS
+    batch_size = NUM_ENVS * NUM_STEPS
     curve = []
     for i, mean_return in enumerate(report["returns"], start=1):
         if mean_return is not None:
             point = batch_size * i, round(wall * i / args.updates, 3), round(mean_return, 4)
             curve.append(dict(zip(run.CURVE_COLUMNS, point, strict=True)))
-    name = f"curves/simulators-balance__{BENCHMARL}__{seed}.csv"
+    name = f"curves/{suite_of(task)}__{BENCHMARL}__{seed}.csv"
     run.write_rows(args.results / name, run.CURVE_COLUMNS, curve)
     env_steps = batch_size * args.updates
     return {
         "label": BENCHMARL,
         "seed": seed,
-        "env_id": "vmas:balance",
+        "env_id": f"vmas:{task}",
         "command": " ".join(["python", *words]),
         "commit": report["weights"],  # sizes and versions
         "python": sys.version.split()[0],
@@ -137,10 +149,14 @@ def benchmarl_row(args: BenchmarlArgs, seed: int) -> dict:
 def benchmarl(args: BenchmarlArgs) -> int:
     if not args.benchmarl_python.is_file():
         raise UsageError(f"no interpreter {args.benchmarl_python}: make the venv as benchmark/benchmarl_mappo.py says")
-    for seed in args.seeds:
-        row = benchmarl_row(args, seed)
-        run.add_row(args.results, "simulators-balance", row)
-        print(f"done     {BENCHMARL} {seed}: {row['cpu_s'] / 60:.1f} min of CPU", flush=True)
+    for task in args.tasks:
+        if task not in TASKS:
+            raise UsageError(f"unknown task {task}: one of {', '.join(TASKS)}")
+    for task in args.tasks:
+        for seed in args.seeds:
+            row = benchmarl_row(args, task, seed)
+            run.add_row(args.results, suite_of(task), row)
+            print(f"done     {BENCHMARL} {task} {seed}: {row['cpu_s'] / 60:.1f} min of CPU", flush=True)
     return 0
 
 
@@ -153,8 +169,8 @@ def benchmarl_cli(argv: list[str]) -> int:
 
 @dataclass
 class CurvesArgs:
-    suite: tyro.conf.Positional[str]
-    """name of a suite"""
+    suites: tyro.conf.Positional[tuple[str, ...]]
+    """names of suites"""
     results: Path = run.RESULTS
     """folder of the rows and curves"""
 
@@ -181,24 +197,32 @@ def mean_and_interval(values: list[float]) -> str:
     return f"{mean:.2f} ± {half:.2f}"
 
 
+def iqm_and_interval(values: tuple[float, ...]) -> str:
+    """Interquartile mean and its bootstrap interval over the runs, as benchmark/plot.py has them."""
+    middle, low, high = plot.iqm_interval(np.array(values))
+    return f"{middle:.2f} ({low:.2f} ... {high:.2f})"
+
+
 def curves(args: CurvesArgs) -> None:
-    """Prints a markdown table with a line for each label."""
-    if args.suite not in run.SUITES:
-        raise UsageError(f"unknown suite {args.suite}: one of {', '.join(SUITES)}")
-    rows = run.read_rows(args.results, args.suite)
-    if not rows:
-        raise UsageError(f"no rows of {args.suite} in {args.results}: run it first")
-    print("| | seeds | env steps | return at the end | mean over training | env-steps per CPU second |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for label in dict.fromkeys(row["label"] for row in rows):
-        runs = [row for row in rows if row["label"] == label]
-        env_steps = float(runs[0]["env_steps"])
-        pairs = [end_and_area(read_returns(args.results, row), env_steps) for row in runs]
-        ends, areas = zip(*pairs, strict=True)
-        speeds = [float(row["env_steps"]) / float(row["cpu_s"]) for row in runs]
-        cells = [f"`{label}`", str(len(runs)), f"{env_steps / 1e6:.2f} M"]
-        cells += [mean_and_interval(ends), mean_and_interval(areas), f"{np.mean(speeds):,.0f}"]
-        print("| " + " | ".join(cells) + " |")
+    """Prints a markdown table with a line for each suite and label."""
+    for suite in args.suites:
+        if suite not in run.SUITES:
+            raise UsageError(f"unknown suite {suite}: one of {', '.join(SUITES)}")
+        if not run.read_rows(args.results, suite):
+            raise UsageError(f"no rows of {suite} in {args.results}: run it first")
+    print("| | | seeds | return, last tenth: IQM | mean over training: IQM | env-steps per CPU second |")
+    print("|---|---|---:|---:|---:|---:|")
+    for suite in args.suites:
+        rows = run.read_rows(args.results, suite)
+        for label in sorted({row["label"] for row in rows}):
+            runs = [row for row in rows if row["label"] == label]
+            env_steps = float(runs[0]["env_steps"])
+            pairs = [end_and_area(read_returns(args.results, row), env_steps) for row in runs]
+            ends, areas = zip(*pairs, strict=True)
+            speeds = [float(row["env_steps"]) / float(row["cpu_s"]) for row in runs]
+            cells = [runs[0]["env_id"], f"`{label}`", str(len(runs))]
+            cells += [iqm_and_interval(ends), iqm_and_interval(areas), f"{np.mean(speeds):,.0f}"]
+            print("| " + " | ".join(cells) + " |")
 
 
 def curves_cli(argv: list[str]) -> int:

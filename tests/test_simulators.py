@@ -51,11 +51,28 @@ def test_members_of_a_comparison_differ_in_the_actor_alone():
             assert args.agent_id and args.critic_obs and args.num_envs * args.num_steps == 8192
 
 
+@pytest.mark.parametrize("task", simulators.TASKS)
+def test_both_sides_train_alike(task):
+    """As many envs, env steps and gradient steps, of rollouts cut alike; what else BenchMARL does is in its script."""
+    (ours,) = simulators.SUITES[simulators.suite_of(task)]
+    args = tyro.cli(hyper_mappo.Args, args=shlex.split(ours.command(1))[2:])
+    words = simulators.benchmarl_command(task, simulators.UPDATES, 1)
+    theirs = dict(zip(words[1::2], words[2::2], strict=True))
+    assert theirs["--task"] == args.env_id.split("?")[0]
+    assert (int(theirs["--num-envs"]), int(theirs["--num-steps"])) == (args.num_envs, args.num_steps)
+    assert args.total_timesteps == args.num_envs * args.num_steps * int(theirs["--updates"])
+    source = (run.ROOT / "benchmark/benchmarl_mappo.py").read_text(encoding="utf-8")
+    assert f"update_epochs: int = {args.update_epochs}\n" in source
+    assert f"num_minibatches: int = {args.num_minibatches}\n" in source
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script with a #! line")
 def test_benchmarls_runs_become_rows_and_curves(tmp_path, fake_python, capsys):
+    suite = "simulators-benchmarl-transport"
     flags = ["--benchmarl-python", str(fake_python), "--updates", "12", "--results", str(tmp_path / "results")]
-    assert simulators.cli(["benchmarl", *flags, "--seeds", "1", "2"]) == 0
-    rows = run.read_rows(tmp_path / "results", "simulators-balance")
+    assert simulators.cli(["benchmarl", *flags, "--tasks", "transport", "discovery", "--seeds", "1", "2"]) == 0
+    assert len(run.read_rows(tmp_path / "results", "simulators-benchmarl-discovery")) == 2
+    rows = run.read_rows(tmp_path / "results", suite)
     assert [(row["label"], row["seed"], row["env_steps"]) for row in rows] == [
         ("BenchMARL", "1", "98304"),
         ("BenchMARL", "2", "98304"),
@@ -70,14 +87,17 @@ def test_benchmarls_runs_become_rows_and_curves(tmp_path, fake_python, capsys):
         curve = [dict(env_steps=steps, wall_s=0, **{"return": x + 2}) for steps, x in points]
         run.write_rows(tmp_path / f"results/ours{seed}.csv", run.CURVE_COLUMNS, curve)
         row = {**rows[0], "label": "ours", "seed": seed, "curve": f"ours{seed}.csv"}
-        run.add_row(tmp_path / "results", "simulators-balance", row)
+        run.add_row(tmp_path / "results", suite, row)
     capsys.readouterr()
-    assert simulators.cli(["curves", "simulators-balance", "--results", str(tmp_path / "results")]) == 0
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
-    assert [line[:3] for line in lines] == [["| `BenchMARL`", "2", "0.10 M"], ["| `ours`", "2", "0.10 M"]]
+    assert simulators.cli(["curves", suite, "--results", str(tmp_path / "results")]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:3] for line in lines] == [
+        ["| vmas:transport", "`BenchMARL`", "2"],
+        ["| vmas:transport", "`ours`", "2"],
+    ]
     # The last tenth of 98,304 env steps holds the last two rollouts; the mean over all eleven is 6.
-    assert [line[3] for line in lines] == ["10.50 ± 0.00", "12.50 ± 0.00"]
-    assert [line[4] for line in lines] == ["6.00 ± 0.00", "8.00 ± 0.00"]
+    assert [line[3] for line in lines] == ["10.50 (10.50 ... 10.50)", "12.50 (12.50 ... 12.50)"]
+    assert [line[4] for line in lines] == ["6.00 (6.00 ... 6.00)", "8.00 (8.00 ... 8.00)"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script with a #! line")
@@ -86,7 +106,8 @@ def test_what_goes_wrong_is_one_line(tmp_path, fake_python, capsys):
     for words, said in [
         (["benchmarl", "--benchmarl-python", str(tmp_path / "nowhere"), *results], "no interpreter"),
         (["benchmarl", "--benchmarl-python", str(fake_python), "--seeds", "13", *results], "unlucky"),
-        (["curves", "simulators-balance", *results], "no rows"),
+        (["benchmarl", "--benchmarl-python", str(fake_python), "--tasks", "poker", *results], "unknown task"),
+        (["curves", "simulators-dispersion", *results], "no rows"),
         (["curves", "simulators-poker", *results], "unknown suite"),
         (["fly"], "expected one of run, plot, benchmarl, curves"),
         ([], "expected one of"),
@@ -100,7 +121,7 @@ def test_what_goes_wrong_is_one_line(tmp_path, fake_python, capsys):
 def test_the_report_of_benchmarls_script_is_what_is_read():
     """Its own packages are not those of the tests, so that only its text can be looked at here."""
     source = (run.ROOT / "benchmark/benchmarl_mappo.py").read_text(encoding="utf-8")
-    words = simulators.benchmarl_command(simulators.BenchmarlArgs(benchmarl_python="python"), 1)
+    words = simulators.benchmarl_command("balance", 25, 1)
     fields = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
     assert fields == ["task", "num_envs", "num_steps", "updates", "num_threads", "seed"]
     assert all(f"\n    {name}: " in source for name in fields)

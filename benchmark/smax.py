@@ -1,0 +1,212 @@
+"""SMAX: a recurrent MAPPO of ours beside JaxMARL's, at equal env steps and of equal width.
+
+    python benchmark/smax.py run --seeds 1 2 3                                           # ours
+    python benchmark/smax.py run --jaxmarl-python jaxmarl-venv/bin/python --clone JaxMARL    # theirs
+    python benchmark/smax.py table
+
+Rows: benchmark/results/simulators_smax.csv, a run each; benchmark/results/curves/ has what every rollout won.
+benchmark/jaxmarl_mappo.py says how their side's virtual environment is made.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark import run
+from benchmark.simulators import end_and_area, mean_and_interval
+from runs import UsageError, command_line, read_metrics
+
+OURS, THEIRS = "ours", "JaxMARL"
+# JaxMARL's: 128 envs x 128 steps, networks of 128, 4 epochs of 4 minibatches, learning rate 2e-3 that falls to 0, no
+# entropy bonus, gradients clipped at 0.25. A context of the agent's own observations is the recurrent actor.
+RECIPE = (
+    "--hyper none --actor-context --hyper-context local --context-size 128 --chunk-length 32 "
+    "--num-envs 128 --num-steps 128 --update-epochs 4 --num-minibatches 4 "
+    "--learning-rate 2e-3 --hyper-learning-rate 2e-3 --anneal-lr --ent-coef 0 --final-ent-coef 0 --max-grad-norm 0.25"
+)
+COLUMNS = (
+    "scenario label seed command versions machine date env_steps cpu_s won_at_end won_over_training evaluated curve"
+).split()
+CURVE_COLUMNS = ["env_steps", "win_rate"]
+TABLE = "simulators_smax.csv"
+
+
+@dataclass
+class RunArgs:
+    jaxmarl_python: Path | None = None
+    """interpreter of a virtual environment for benchmark/jaxmarl_mappo.py: runs their side; None: ours"""
+    clone: Path | None = None
+    """a clone of github.com/FLAIROx/JaxMARL, for their side"""
+    scenario: str = "3m"
+    """a map of SMAX"""
+    total_timesteps: int = 500_000
+    """env steps of each run"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """a run each"""
+    results: Path = run.RESULTS
+    """folder of the rows and curves"""
+
+
+@dataclass
+class TableArgs:
+    results: Path = run.RESULTS
+    """folder of the rows and curves"""
+
+
+@dataclass
+class Trained:
+    """What a run of either side tells: (env steps, share of the episodes won) of every rollout, CPU seconds in all."""
+
+    command: str
+    versions: str
+    points: list[tuple[float, float]]
+    cpu_s: float
+    evaluated: float | None = None
+
+
+# --------------------------------------------------------------------------------------- the two sides
+
+
+def watch(words: list[str | Path]) -> tuple[str, float]:
+    """Runs a command to its end: -> what it printed, its CPU seconds. UsageError: it failed."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        process = subprocess.Popen(words, cwd=run.ROOT, stdout=printed, stderr=subprocess.STDOUT)
+        code, cpu_s = run.poll(process)
+        while code is None:
+            time.sleep(0.2)
+            code, cpu_s = run.poll(process)
+        printed.seek(0)
+        text = printed.read().strip()
+    if code != 0:
+        last = (text.splitlines() or ["nothing"])[-1]
+        raise UsageError(f"{words[1]} ended with exit code {code} and: {last}")
+    return text, cpu_s
+
+
+def train_ours(args: RunArgs, seed: int) -> Trained:
+    """hyper_mappo.py with RECIPE, evaluated on 256 episodes."""
+    flags = (
+        f"--env-id 'jaxmarl:SMAX?scenario={args.scenario}' {RECIPE} --total-timesteps {args.total_timesteps} "
+        f"--eval-episodes 256 {run.ONE_THREAD} --seed {seed}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        _, cpu_s = watch([sys.executable, "hyper_mappo.py", *shlex.split(flags), "--runs-dir", folder])
+        (report,) = Path(folder).glob("*/eval.json")
+        points = []
+        for row in read_metrics(report.parent):
+            if row["charts/success_rate"]:
+                points.append((float(row["global_step"]), float(row["charts/success_rate"])))
+        evaluated = json.loads(report.read_text())["success_rate"]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "jaxmarl", "jax"))
+    return Trained(f"python hyper_mappo.py {flags}", versions, points, cpu_s, evaluated)
+
+
+def train_theirs(args: RunArgs, seed: int) -> Trained:
+    """JaxMARL's script as it is; it has no evaluation."""
+    words = ["--scenario", args.scenario, "--total-timesteps", str(args.total_timesteps), "--seed", str(seed)]
+    script = "benchmark/jaxmarl_mappo.py"
+    printed, cpu_s = watch([args.jaxmarl_python, script, "--clone", args.clone, *words])
+    report = json.loads(printed.splitlines()[-1])
+    points = []
+    for i, won in enumerate(report["win_rates"], start=1):
+        if won is not None:
+            points.append((float(i * report["batch_size"]), won))
+    return Trained(" ".join(["python", script, "--clone JaxMARL", *words]), report["versions"], points, cpu_s)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def read_rows(results: Path) -> list[dict[str, str]]:
+    path = results / TABLE
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def keep(args: RunArgs, label: str, seed: int, trained: Trained) -> dict:
+    """Writes the curve and the row, in place of an earlier one of its scenario, label and seed."""
+    env_steps = trained.points[-1][0]
+    at_end, over_training = end_and_area(trained.points, env_steps)
+    curve = f"curves/simulators_smax__{args.scenario}__{label}__{seed}.csv"
+    lines = [dict(zip(CURVE_COLUMNS, point, strict=True)) for point in trained.points]
+    run.write_rows(args.results / curve, CURVE_COLUMNS, lines)
+    row = {
+        "scenario": args.scenario,
+        "label": label,
+        "seed": seed,
+        "command": trained.command,
+        "versions": trained.versions,
+        "machine": run.describe_machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "env_steps": int(env_steps),
+        "cpu_s": round(trained.cpu_s, 1),
+        "won_at_end": round(at_end, 4),
+        "won_over_training": round(over_training, 4),
+        "evaluated": "" if trained.evaluated is None else round(trained.evaluated, 4),
+        "curve": curve,
+    }
+    key = args.scenario, label, str(seed)
+    kept = [old for old in read_rows(args.results) if (old["scenario"], old["label"], old["seed"]) != key]
+    run.write_rows(args.results / TABLE, COLUMNS, [*kept, row])
+    return row
+
+
+def run_side(args: RunArgs) -> int:
+    label, train = OURS, train_ours
+    if args.jaxmarl_python is not None:
+        label, train = THEIRS, train_theirs
+        if args.clone is None:
+            raise UsageError("--jaxmarl-python needs --clone: a clone of github.com/FLAIROx/JaxMARL")
+        if not args.jaxmarl_python.is_file():
+            raise UsageError(f"no interpreter {args.jaxmarl_python}: make it as benchmark/jaxmarl_mappo.py says")
+        args.clone = args.clone.resolve()
+    for seed in args.seeds:
+        row = keep(args, label, seed, train(args, seed))
+        print(f"done     {label} {seed}: won {row['won_at_end']} at the end, {row['cpu_s']} s of CPU", flush=True)
+    return 0
+
+
+def table(args: TableArgs) -> None:
+    """Prints a markdown table with a line for each scenario and side."""
+    rows = read_rows(args.results)
+    if not rows:
+        raise UsageError(f"no {TABLE} in {args.results}: run it first")
+    print("| | | seeds | env steps | won, last tenth | mean over training | CPU time |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for scenario, label in dict.fromkeys((row["scenario"], row["label"]) for row in rows):
+        runs = [row for row in rows if (row["scenario"], row["label"]) == (scenario, label)]
+        at_end = mean_and_interval([float(row["won_at_end"]) for row in runs])
+        over_training = mean_and_interval([float(row["won_over_training"]) for row in runs])
+        millions = float(runs[0]["env_steps"]) / 1e6
+        seconds = np.mean([float(row["cpu_s"]) for row in runs])
+        cells = [scenario, label, str(len(runs)), f"{millions:.2f} M", at_end, over_training, f"{seconds:.0f} s"]
+        print("| " + " | ".join(cells) + " |")
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The command line: a command and its own arguments."""
+    commands = {"run": (RunArgs, run_side), "table": (TableArgs, table)}
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["nothing"]
+    if name not in commands:
+        print(f"error: expected run or table, got {name}: see the file's first lines", file=sys.stderr)
+        return 2
+    return command_line(*commands[name], {}, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
