@@ -52,7 +52,7 @@ NUM_ENVS, NUM_STEPS, UPDATES = 128, 64, 25
 BENCHMARL = "BenchMARL"
 FLAGS = (
     f"--num-envs {NUM_ENVS} --num-steps {NUM_STEPS} --total-timesteps {NUM_ENVS * NUM_STEPS * UPDATES} "
-    "--update-epochs 4 --num-minibatches 8 --no-clip-vloss --eval-episodes 128 --hyper none"
+    "--update-epochs 4 --num-minibatches 8 --eval-episodes 128 --hyper none"
 )
 
 
