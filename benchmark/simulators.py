@@ -30,13 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import plot, run
 from runs import UsageError, command_line
 
-# Where agents must specialise. All know who they are, and all have the same critic.
+# Where agents must specialise. All know who they are, and all have the same critic. Of the hypernetworks' bases there
+# are as many as agents or more, each a full set of weights.
+BY_ID = "--hyper-context agent-id --context-size 4 --hyper-basis 4"
+BY_ALL = "--hyper-context joint --context-size 8 --hyper-basis 8"
 SPECIALISE = {
     "shared, id": "--hyper none --agent-id",
     "own actors": "--hyper none --agent-id --no-share-parameters",
-    "full by id": "--hyper full --agent-id --hyper-context agent-id",
-    "delta by id": "--hyper delta --agent-id --hyper-context agent-id",
-    "delta by all": "--hyper delta --agent-id --hyper-context joint",
+    "full by id": f"--hyper full --agent-id {BY_ID}",
+    "delta by id": f"--hyper delta --hyper-rank 0 --agent-id {BY_ID}",
+    "delta by all": f"--hyper delta --hyper-rank 0 --agent-id {BY_ALL}",
+    "delta, as it is": "--hyper delta --agent-id",
 }
 BATCH = "--num-envs 256 --num-steps 32 --eval-episodes 256 --ent-coef 0.005"
 # Food of VMAS's own radius, 0.05, is found too seldom for anything to be learnt in so few env steps.
