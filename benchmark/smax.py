@@ -45,7 +45,7 @@ TABLE = "simulators_smax.csv"
 
 
 @dataclass
-class RunArgs:
+class Args:
     jaxmarl_python: Path | None = None
     """interpreter of a virtual environment for benchmark/jaxmarl_mappo.py: runs their side; None: ours"""
     clone: Path | None = None
@@ -96,7 +96,7 @@ def watch(words: list[str | Path]) -> tuple[str, float]:
     return text, cpu_s
 
 
-def train_ours(args: RunArgs, seed: int) -> Trained:
+def train_ours(args: Args, seed: int) -> Trained:
     """hyper_mappo.py with RECIPE, evaluated on 256 episodes."""
     flags = (
         f"--env-id 'jaxmarl:SMAX?scenario={args.scenario}' {RECIPE} --total-timesteps {args.total_timesteps} "
@@ -114,7 +114,7 @@ def train_ours(args: RunArgs, seed: int) -> Trained:
     return Trained(f"python hyper_mappo.py {flags}", versions, points, cpu_s, evaluated)
 
 
-def train_theirs(args: RunArgs, seed: int) -> Trained:
+def train_theirs(args: Args, seed: int) -> Trained:
     """JaxMARL's script as it is; it has no evaluation."""
     words = ["--scenario", args.scenario, "--total-timesteps", str(args.total_timesteps), "--seed", str(seed)]
     script = "benchmark/jaxmarl_mappo.py"
@@ -138,7 +138,7 @@ def read_rows(results: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def keep(args: RunArgs, label: str, seed: int, trained: Trained) -> dict:
+def keep(args: Args, label: str, seed: int, trained: Trained) -> dict:
     """Writes the curve and the row, in place of an earlier one of its scenario, label and seed."""
     env_steps = trained.points[-1][0]
     at_end, over_training = end_and_area(trained.points, env_steps)
@@ -166,7 +166,7 @@ def keep(args: RunArgs, label: str, seed: int, trained: Trained) -> dict:
     return row
 
 
-def run_side(args: RunArgs) -> int:
+def run_side(args: Args) -> int:
     label, train = OURS, train_ours
     if args.jaxmarl_python is not None:
         label, train = THEIRS, train_theirs
@@ -200,7 +200,7 @@ def table(args: TableArgs) -> None:
 
 def cli(argv: list[str] | None = None) -> int:
     """The command line: a command and its own arguments."""
-    commands = {"run": (RunArgs, run_side), "table": (TableArgs, table)}
+    commands = {"run": (Args, run_side), "table": (TableArgs, table)}
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["nothing"]
     if name not in commands:
         print(f"error: expected run or table, got {name}: see the file's first lines", file=sys.stderr)
