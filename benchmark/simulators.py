@@ -30,17 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import plot, run
 from runs import UsageError, command_line
 
-# Where agents must specialise. All know who they are, and all have the same critic. Of the hypernetworks' bases there
-# are as many as agents or more, each a full set of weights.
-BY_ID = "--hyper-context agent-id --context-size 4 --hyper-basis 4"
-BY_ALL = "--hyper-context joint --context-size 8 --hyper-basis 8"
+# Where agents must specialise. All know who they are, and all have the same critic.
 SPECIALISE = {
     "shared, id": "--hyper none --agent-id",
     "own actors": "--hyper none --agent-id --no-share-parameters",
-    "full by id": f"--hyper full --agent-id {BY_ID}",
-    "delta by id": f"--hyper delta --hyper-rank 0 --agent-id {BY_ID}",
-    "delta by all": f"--hyper delta --hyper-rank 0 --agent-id {BY_ALL}",
-    "delta, as it is": "--hyper delta --agent-id",
+    "full by id": "--hyper full --agent-id --hyper-context agent-id --context-size 4 --hyper-basis 4",
+    "delta by id": "--hyper delta --agent-id --hyper-context agent-id",
+    "delta by all": "--hyper delta --agent-id",
+    "full deltas by all": (
+        "--hyper delta --hyper-rank 0 --agent-id --hyper-context joint --context-size 8 --hyper-basis 8"
+    ),
 }
 BATCH = "--num-envs 256 --num-steps 32 --eval-episodes 256 --ent-coef 0.005"
 # Food of VMAS's own radius, 0.05, is found too seldom for anything to be learnt in so few env steps.
