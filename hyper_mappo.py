@@ -291,7 +291,7 @@ EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_st
 FIXED_BY_CHECKPOINT = [*EPISODES_IN_FLIGHT, *ARCHITECTURE]
 # These do nothing without a context, or without a hypernetwork.
 CONTEXT_ONLY = "hyper_context history context_size context_heads chunk_length subgoals hyper_learning_rate".split()
-HYPER_ONLY = ("share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval").split()
+HYPER_ONLY = "share_delta hyper_basis hyper_rank hyper_critic smooth_coef align_coef target_sync_interval".split()
 # What a checkpoint holds, beside its format.
 SAVED = "args spec update global_step workers probe target actor critic value_norm optimizer".split()
 # The columns of metrics.csv; a row leaves out what its run or its update does not have.

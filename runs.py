@@ -828,7 +828,7 @@ def one_line_errors(program: Callable[[], Any]) -> int:
     KEPT.clear()
     try:
         result = program()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

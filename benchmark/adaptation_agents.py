@@ -27,15 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan
 from benchmark.adaptation import RESULTS, SETTINGS, Response, Setting, default_responses, measure, play
-from benchmark.run import ONE_THREAD, ROOT, describe_machine, poll
+from benchmark.plot import mean_and_interval
+from benchmark.run import ONE_THREAD, ROOT, describe_machine, read_rows, wait_for
 from envs import VecEnv
 from runs import UsageError, command_line, read_metrics, safe_name
 
@@ -243,10 +242,7 @@ def do(job: Job, place: Place, **more: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)
-    code, seconds = poll(process)
-    while code is None:
-        time.sleep(0.2)
-        code, seconds = poll(process)
+    code, seconds = wait_for(process)
     if code != 0:
         raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}")
     (folder / "spent.txt").write_text(f"{seconds:.1f}\n", encoding="utf-8")
@@ -310,13 +306,6 @@ def steps_beside_partners(agent: str, args: Args) -> int:
     return args.env_steps if agent in TRAINED and agent != "self-play" else 0
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def append(path: Path, columns: list[str], row: dict[str, Any]) -> None:
     is_new = not path.is_file()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -343,7 +332,7 @@ def play_agent(agent: str, place: Place) -> None:
     """Adds the rows of an agent that are missing."""
     args, setting = place.args, place.setting
     path = args.results / "adaptation_agents.csv"
-    rows = read(path)
+    rows = read_rows(args.results, "adaptation_agents")
     mixes = [mix for mix in setting.mixes if not is_played(rows, agent, place, mix)]
     if not mixes:
         return
@@ -393,7 +382,7 @@ def train_on(place: Place) -> None:
     best = measure(setting, default_responses(setting.env_id), args.episodes, place.seed).means.amax(0)  # [M]
     for mix, most in zip(setting.mixes, best.tolist(), strict=True):
         wanted = {"setting": setting.name, "mix": " ".join(mix), "training_seed": str(place.seed)}
-        if any(wanted.items() <= row.items() for row in read(path)):
+        if any(wanted.items() <= row.items() for row in read_rows(args.results, "adaptation_steps")):
             continue
         train(["self-play"], place)
         flags = "{env} --partners {mix} --init-from {start} --total-timesteps {more} --eval-episodes 0"
@@ -414,15 +403,6 @@ def train_on(place: Place) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- table
-
-
-def over_seeds(means: list[float]) -> str:
-    """Mean ± half of a 95 % interval over seeds (Student); without an interval for one seed."""
-    text = f"{np.mean(means):.2f}"
-    if len(means) > 1:
-        half = student_t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / math.sqrt(len(means))
-        text += f" ± {half:.2f}"
-    return text
 
 
 def means_by_seed(rows: list[dict[str, str]], setting: Setting) -> list[list[float]]:
@@ -449,9 +429,9 @@ def as_table(setting: Setting, rows: list[dict[str, str]]) -> str:
         seeds = means_by_seed(mine, setting)
         if not seeds:
             continue
-        cells = [over_seeds(list(means)) for means in zip(*seeds, strict=True)]
+        cells = [mean_and_interval(list(means)) for means in zip(*seeds, strict=True)]
         mixed = torch.tensor(seeds) @ setting.shares  # [seeds]
-        mean = over_seeds(mixed.tolist())
+        mean = mean_and_interval(mixed.tolist())
         line = " | ".join([agent, f"{steps:,}", str(len(seeds)), *cells, mean])
         lines.append(f"| {line} |")
     return "\n".join(lines)
@@ -493,7 +473,7 @@ def main(args: Args) -> None:
                     else:
                         play_agent(agent, place)
     if not args.dry_run:
-        rows = read(args.results / "adaptation_agents.csv")
+        rows = read_rows(args.results, "adaptation_agents")
         for name in args.settings:
             print(as_table(SETTINGS[name], rows), flush=True)
 

@@ -191,14 +191,9 @@ class Told(VecEnv):
         """The step with that plane written; the state is as it was, so that scripts see blocks where there are some."""
         obs = step.obs.clone()
         obs[..., self.env.num_agents] = self.seated[:, None, None, None].to(obs.dtype)
-        return copy_with(step, obs)
-
-
-def copy_with(step: EnvStep, obs: Tensor) -> EnvStep:
-    """The step with other observations."""
-    changed = copy.copy(step)
-    changed.obs = obs
-    return changed
+        shown = copy.copy(step)
+        shown.obs = obs
+        return shown
 
 
 def train_told(args: Args) -> float:

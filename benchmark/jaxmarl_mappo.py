@@ -2,12 +2,12 @@
 
 Everything is theirs: networks, loss, the training loop as one compiled JAX program, and the hyperparameters of their
 config/mappo_homogenous_rnn_smax.yaml. Only what the script would send to Weights & Biases after every update is kept
-here instead, with the CPU time it came at. The last line printed is JSON. benchmark/simulators.py calls it.
+here instead, with the CPU time it came at. The last line printed is JSON. benchmark/smax.py calls it.
 
     git clone https://github.com/FLAIROx/JaxMARL
     python -m venv jaxmarl-venv
     jaxmarl-venv/bin/pip install -r benchmark/requirements-jaxmarl-mappo.txt
-    jaxmarl-venv/bin/python benchmark/jaxmarl_mappo.py --clone JaxMARL --total-timesteps 1000000    # 1 core, 5 minutes
+    jaxmarl-venv/bin/python benchmark/jaxmarl_mappo.py --clone JaxMARL --total-timesteps 1000000    # 1 core, 7 minutes
 """
 
 from __future__ import annotations

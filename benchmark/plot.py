@@ -12,6 +12,7 @@ is printed as markdown. The picture has a row per env: return against env steps,
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
+from scipy.stats import t as student_t
 from scipy.stats import trim_mean
 
 matplotlib.use("Agg")
@@ -94,6 +96,15 @@ def improvement_interval(a: Array, b: Array) -> tuple[float, float, float]:
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     low, high = interval(improvement(resample(a, rng), resample(b, rng)))
     return float(improvement(a, b)), float(low), float(high)
+
+
+def mean_and_interval(values: list[float]) -> str:
+    """With Student's 95 % interval over the runs."""
+    mean = np.mean(values)
+    if len(values) < 2:
+        return f"{mean:.2f}"
+    half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{mean:.2f} ± {half:.2f}"
 
 
 # ------------------------------------------------------------------------------------------- tables

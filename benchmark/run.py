@@ -283,6 +283,15 @@ def poll(process: subprocess.Popen) -> tuple[int | None, float]:
     return process.returncode, usage.ru_utime + usage.ru_stime
 
 
+def wait_for(process: subprocess.Popen) -> tuple[int, float]:
+    """Its exit code and CPU seconds, as poll has them, when it has ended."""
+    while True:
+        code, cpu_s = poll(process)
+        if code is not None:
+            return code, cpu_s
+        time.sleep(0.2)
+
+
 def add_spent(job: Job, cpu_s: float) -> dict[str, float]:
     """Wall and CPU time of all the starts of a job together."""
     path = job.folder / "spent.json"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import subprocess
 import sys
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -189,15 +187,6 @@ def end_and_area(points: list[tuple[float, float]], env_steps: float) -> tuple[f
     steps, returns = np.array(points).T
     late = steps > 0.9 * env_steps
     return float(returns[late].mean()), float(returns.mean())
-
-
-def mean_and_interval(values: list[float]) -> str:
-    """With Student's 95 % interval over the runs."""
-    mean = np.mean(values)
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{mean:.2f} ± {half:.2f}"
 
 
 def iqm_and_interval(values: tuple[float, ...]) -> str:

@@ -10,7 +10,6 @@ benchmark/jaxmarl_mappo.py says how their side's virtual environment is made.
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 import subprocess
@@ -26,7 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import run
-from benchmark.simulators import end_and_area, mean_and_interval
+from benchmark.plot import mean_and_interval
+from benchmark.simulators import end_and_area
 from runs import UsageError, command_line, read_metrics
 
 OURS, THEIRS = "ours", "JaxMARL"
@@ -41,7 +41,7 @@ COLUMNS = (
     "scenario label seed command versions machine date env_steps cpu_s won_at_end won_over_training evaluated curve"
 ).split()
 CURVE_COLUMNS = ["env_steps", "win_rate"]
-TABLE = "simulators_smax.csv"
+TABLE = "simulators_smax"
 
 
 @dataclass
@@ -84,10 +84,7 @@ def watch(words: list[str | Path]) -> tuple[str, float]:
     """Runs a command to its end: -> what it printed, its CPU seconds. UsageError: it failed."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         process = subprocess.Popen(words, cwd=run.ROOT, stdout=printed, stderr=subprocess.STDOUT)
-        code, cpu_s = run.poll(process)
-        while code is None:
-            time.sleep(0.2)
-            code, cpu_s = run.poll(process)
+        code, cpu_s = run.wait_for(process)
         printed.seek(0)
         text = printed.read().strip()
     if code != 0:
@@ -130,14 +127,6 @@ def train_theirs(args: Args, seed: int) -> Trained:
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def read_rows(results: Path) -> list[dict[str, str]]:
-    path = results / TABLE
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def keep(args: Args, label: str, seed: int, trained: Trained) -> dict:
     """Writes the curve and the row, in place of an earlier one of its scenario, label and seed."""
     env_steps = trained.points[-1][0]
@@ -161,8 +150,8 @@ def keep(args: Args, label: str, seed: int, trained: Trained) -> dict:
         "curve": curve,
     }
     key = args.scenario, label, str(seed)
-    kept = [old for old in read_rows(args.results) if (old["scenario"], old["label"], old["seed"]) != key]
-    run.write_rows(args.results / TABLE, COLUMNS, [*kept, row])
+    kept = [old for old in run.read_rows(args.results, TABLE) if (old["scenario"], old["label"], old["seed"]) != key]
+    run.write_rows(args.results / f"{TABLE}.csv", COLUMNS, [*kept, row])
     return row
 
 
@@ -183,9 +172,9 @@ def run_side(args: Args) -> int:
 
 def table(args: TableArgs) -> None:
     """Prints a markdown table with a line for each scenario and side."""
-    rows = read_rows(args.results)
+    rows = run.read_rows(args.results, TABLE)
     if not rows:
-        raise UsageError(f"no {TABLE} in {args.results}: run it first")
+        raise UsageError(f"no {TABLE}.csv in {args.results}: run it first")
     print("| | | seeds | env steps | won, last tenth | mean over training | CPU time |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for scenario, label in dict.fromkeys((row["scenario"], row["label"]) for row in rows):

@@ -22,9 +22,9 @@ from benchmark.adaptation_agents import (
     jobs_of,
     main,
     needed,
-    over_seeds,
 )
 from benchmark.adaptation_probe import Told, balanced_accuracy, on_the_stag_together, samples
+from benchmark.plot import mean_and_interval
 from envs.stag_hunt import HUNT_STAG, StagHuntVecEnv
 from runs import UsageError
 
@@ -64,9 +64,9 @@ def test_commands_are_those_of_the_setting(tmp_path):
     assert "/x/made here" in place.command(JOBS["opponents"])
 
 
-def test_tables_are_means_over_seeds():
-    assert over_seeds([1.0]) == "1.00"
-    assert over_seeds([1.0, 3.0]) == "2.00 ± 12.71"  # Student's t of one degree of freedom
+def test_tables_are_means_mean_and_interval():
+    assert mean_and_interval([1.0]) == "1.00"
+    assert mean_and_interval([1.0, 3.0]) == "2.00 ± 12.71"  # Student's t of one degree of freedom
     rows = [
         row("delta", 1, "nearest_stag:1", 5.0, 500),
         row("delta", 1, "waits_at_stag:1", 1.0, 500),

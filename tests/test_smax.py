@@ -48,7 +48,7 @@ def test_their_runs_become_rows_curves_and_a_table(tmp_path, fake_python, capsys
     flags = ["--jaxmarl-python", str(fake_python), "--clone", str(tmp_path), "--results", str(results)]
     assert smax.cli(["run", *flags, "--seeds", "1", "2"]) == 0
     assert smax.cli(["run", *flags, "--seeds", "2"]) == 0  # in place of the first one
-    rows = smax.read_rows(results)
+    rows = run.read_rows(results, smax.TABLE)
     assert [(row["label"], row["seed"], row["env_steps"]) for row in rows] == [
         ("JaxMARL", "1", "327680"),
         ("JaxMARL", "2", "327680"),
@@ -70,7 +70,7 @@ def test_ours_becomes_a_row(tmp_path, monkeypatch):
     small = "--hyper none --num-envs 2 --num-steps 128 --num-minibatches 2 --no-cuda"
     monkeypatch.setattr(smax, "RECIPE", small)
     assert smax.cli(["run", "--total-timesteps", "256", "--seeds", "1", "--results", str(tmp_path)]) == 0
-    (row,) = smax.read_rows(tmp_path)
+    (row,) = run.read_rows(tmp_path, smax.TABLE)
     assert (row["label"], row["env_steps"]) == ("ours", "256")
     assert 0 <= float(row["evaluated"]) <= 1
     assert (tmp_path / row["curve"]).is_file()
