@@ -76,16 +76,15 @@ FORMS = {
     "last-layer": "--hyper last-layer",
 }
 PARTS = {
-    "none": "--hyper none",
-    "delta": "--hyper delta",
+    **FORMS,
     "delta, local": "--hyper delta --hyper-context local",
     "delta, agent id": "--hyper delta --hyper-context agent-id",
     "delta, no history": "--hyper delta --history none",
     "delta, no smoothness": "--hyper delta --smooth-coef 0",
     "delta, no alignment": "--hyper delta --align-coef 0",
     "delta, one for all agents": "--hyper delta --share-delta",
+    "delta, sequences of 8": "--hyper delta --chunk-length 8",
     "full": "--hyper full",
-    "last-layer": "--hyper last-layer",
     "low-rank": "--hyper low-rank",
 }
 REWARDS = {
@@ -105,14 +104,10 @@ SUITES: dict[str, list[Member]] = {
         *compare(f"--env-id stag_hunt-8x8-4h2s {STAG_GOALS} 3000000", {"8x8-4h2s": ""}, 5),
         *compare(f"--env-id stag_hunt {LARGE_MAP} {STAG_GOALS} 5000000", {"16x16, 8 players": ""}, 2),
     ],
-    "simple_spread": compare(
-        "--env-id mpe2.simple_spread_v3 --eval-episodes 400 --total-timesteps 600000",
-        {"none": "--hyper none", "delta": "--hyper delta"},
-        5,
-    ),
     "pursuit": [
         *compare(f"{PURSUIT} --total-timesteps 3000000", FORMS, 8),
         *compare(f"{PURSUIT} --total-timesteps 2000000", {"delta, 2 M": "--hyper delta"}, 8),
+        *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta, 4 M": "--hyper delta"}, 5),
     ],
     "pursuit-long": compare(
         f"{PURSUIT} --total-timesteps 6000000", {"delta": "--hyper delta", "none": "--hyper none"}, 5

@@ -42,19 +42,50 @@ SPECIALISE = {
 BATCH = "--num-envs 256 --num-steps 32 --eval-episodes 256 --ent-coef 0.005"
 # Food of VMAS's own radius, 0.05, is found too seldom for anything to be learnt in so few env steps.
 DISPERSION = "vmas:dispersion?food_radius=0.15"
-# BenchMARL's arguments of its scenarios, and the rollouts and gradient steps that its side has too.
-TASKS = {
-    "balance": "n_agents=4&package_mass=5&random_package_pos_on_line=true",
-    "navigation": "n_agents=3&collisions=true&agents_with_same_goal=1&shared_rew=false",
-    "transport": "n_agents=4&n_packages=1&package_width=0.15&package_length=0.15&package_mass=50",
-    "discovery": "n_agents=5&n_targets=7&agents_per_target=2&targets_respawn=true&shared_reward=true",
-}
-NUM_ENVS, NUM_STEPS, UPDATES = 128, 64, 25
 BENCHMARL = "BenchMARL"
-FLAGS = (
-    f"--num-envs {NUM_ENVS} --num-steps {NUM_STEPS} --total-timesteps {NUM_ENVS * NUM_STEPS * UPDATES} "
-    "--update-epochs 4 --num-minibatches 8 --eval-episodes 128 --hyper none"
-)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An env of the comparison with BenchMARL, and the rollouts that both sides have."""
+
+    theirs: str  # what BenchMARL's side calls it
+    arguments: str = ""  # BenchMARL's own of the scenario
+    num_envs: int = 128
+    num_steps: int = 64
+    updates: int = 25
+
+    @property
+    def env_id(self) -> str:
+        return f"{self.theirs}?{self.arguments}" if self.arguments else self.theirs
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def flags(self) -> str:
+        """Of ours: rollouts and gradient steps as on the other side."""
+        return (
+            f"--env-id '{self.env_id}' --num-envs {self.num_envs} --num-steps {self.num_steps} "
+            f"--total-timesteps {self.batch_size * self.updates} "
+            "--update-epochs 4 --num-minibatches 8 --eval-episodes 128 --hyper none"
+        )
+
+
+TASKS = {
+    "balance": Task("vmas:balance", "n_agents=4&package_mass=5&random_package_pos_on_line=true"),
+    "navigation": Task("vmas:navigation", "n_agents=3&collisions=true&agents_with_same_goal=1&shared_rew=false"),
+    "transport": Task(
+        "vmas:transport",
+        "n_agents=4&n_packages=1&package_width=0.15&package_length=0.15&package_mass=50",
+    ),
+    "discovery": Task(
+        "vmas:discovery",
+        "n_agents=5&n_targets=7&agents_per_target=2&targets_respawn=true&shared_reward=true",
+    ),
+    "simple_spread": Task("mpe2.simple_spread_v3", num_envs=8, num_steps=125, updates=200),
+}
 
 
 def suite_of(task: str) -> str:
@@ -74,8 +105,8 @@ SUITES = {
         5,
     ),
 }
-for task, arguments in TASKS.items():
-    SUITES[suite_of(task)] = run.compare(f"--env-id 'vmas:{task}?{arguments}' {FLAGS}", {"ours": ""}, 5)
+for name, task in TASKS.items():
+    SUITES[suite_of(name)] = run.compare(task.flags, {"ours": ""}, 5)
 
 
 @dataclass
@@ -86,22 +117,22 @@ class BenchmarlArgs:
     """scenarios"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """seeds of its runs"""
-    updates: int = UPDATES
-    """rollouts of each run"""
+    updates: int | None = None
+    """rollouts of each run; None: as many as ours"""
     results: Path = run.RESULTS
     """folder of the rows and curves"""
 
 
-def benchmarl_command(task: str, updates: int, seed: int) -> list[str]:
+def benchmarl_command(task: Task, updates: int, seed: int) -> list[str]:
     """BenchMARL's MAPPO: as many env steps, gradient steps and weights as ours."""
     return [
         "benchmark/benchmarl_mappo.py",
         "--task",
-        f"vmas:{task}",
+        task.theirs,
         "--num-envs",
-        str(NUM_ENVS),
+        str(task.num_envs),
         "--num-steps",
-        str(NUM_STEPS),
+        str(task.num_steps),
         "--updates",
         str(updates),
         "--num-threads",
@@ -111,28 +142,29 @@ def benchmarl_command(task: str, updates: int, seed: int) -> list[str]:
     ]
 
 
-def benchmarl_row(args: BenchmarlArgs, task: str, seed: int) -> dict:
+def benchmarl_row(args: BenchmarlArgs, name: str, seed: int) -> dict:
     """Trains, writes the curve of training returns, and gives the row; there is no evaluation."""
-    words = benchmarl_command(task, args.updates, seed)
+    task = TASKS[name]
+    updates = args.updates or task.updates
+    words = benchmarl_command(task, updates, seed)
     started = time.perf_counter()
     done = subprocess.run([args.benchmarl_python, *words], cwd=run.ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UsageError(f"BenchMARL ended with: {done.stderr.strip().splitlines()[-1]}: see its own command {words}")
     wall = time.perf_counter() - started
     report = json.loads(done.stdout.strip().splitlines()[-1])
-    batch_size = NUM_ENVS * NUM_STEPS
-    curve = []
+    points = []
     for i, mean_return in enumerate(report["returns"], start=1):
         if mean_return is not None:
-            point = batch_size * i, round(wall * i / args.updates, 3), round(mean_return, 4)
-            curve.append(dict(zip(run.CURVE_COLUMNS, point, strict=True)))
-    name = f"curves/{suite_of(task)}__{BENCHMARL}__{seed}.csv"
-    run.write_rows(args.results / name, run.CURVE_COLUMNS, curve)
-    env_steps = batch_size * args.updates
+            point = task.batch_size * i, round(wall * i / updates, 3), round(mean_return, 4)
+            points.append(dict(zip(run.CURVE_COLUMNS, point, strict=True)))
+    curve = f"curves/{suite_of(name)}__{BENCHMARL}__{seed}.csv"
+    run.write_rows(args.results / curve, run.CURVE_COLUMNS, points)
+    env_steps = task.batch_size * updates
     return {
         "label": BENCHMARL,
         "seed": seed,
-        "env_id": f"vmas:{task}",
+        "env_id": task.theirs,
         "command": " ".join(["python", *words]),
         "commit": report["weights"],  # sizes and versions
         "python": sys.version.split()[0],
@@ -143,7 +175,7 @@ def benchmarl_row(args: BenchmarlArgs, task: str, seed: int) -> dict:
         "env_steps": env_steps,
         "wall_s": round(wall, 2),
         "cpu_s": round(env_steps / report["steps_per_cpu_second"], 2),
-        "curve": name,
+        "curve": curve,
     }
 
 

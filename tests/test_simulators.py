@@ -56,7 +56,8 @@ def test_both_sides_train_alike(task):
     """As many envs, env steps and gradient steps, of rollouts cut alike; what else BenchMARL does is in its script."""
     (ours,) = simulators.SUITES[simulators.suite_of(task)]
     args = tyro.cli(hyper_mappo.Args, args=shlex.split(ours.command(1))[2:])
-    words = simulators.benchmarl_command(task, simulators.UPDATES, 1)
+    compared = simulators.TASKS[task]
+    words = simulators.benchmarl_command(compared, compared.updates, 1)
     theirs = dict(zip(words[1::2], words[2::2], strict=True))
     assert theirs["--task"] == args.env_id.split("?")[0]
     assert (int(theirs["--num-envs"]), int(theirs["--num-steps"])) == (args.num_envs, args.num_steps)
@@ -121,7 +122,7 @@ def test_what_goes_wrong_is_one_line(tmp_path, fake_python, capsys):
 def test_the_report_of_benchmarls_script_is_what_is_read():
     """Its own packages are not those of the tests, so that only its text can be looked at here."""
     source = (run.ROOT / "benchmark/benchmarl_mappo.py").read_text(encoding="utf-8")
-    words = simulators.benchmarl_command("balance", 25, 1)
+    words = simulators.benchmarl_command(simulators.TASKS["balance"], 25, 1)
     fields = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
     assert fields == ["task", "num_envs", "num_steps", "updates", "num_threads", "seed"]
     assert all(f"\n    {name}: " in source for name in fields)
