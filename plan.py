@@ -54,6 +54,10 @@ from world_model import CellLister, CellLists, Simulator, WorldModel, load_world
 TRUE = "true"  # what --opponents is given for the real scripts
 SAME_RETURN = 1e-3  # returns of so small a relative difference are the same: a learned world is no more exact
 UNIFORM_SHARE = 0.25  # of the priors (mcts), as of the noise in AlphaZero's
+NOWHERE = -1  # a situation that is none
+FIXED_SHARE = 0.02  # of the weights of MOA and strangers, which goes back to the prior at each step
+ONCE = 0.3  # how often strangers seem to have been in each situation already
+NEW = 0.5  # how often they do anything that is legal in a new situation; else they are as expected
 CENTRE_SEQUENCES = 4096  # training sequences whose z are clustered
 
 
@@ -105,6 +109,8 @@ class Args:
     """weight of the prior against the values in PUCT (mcts)"""
     gamma: float = 0.99
     """discount of what is imagined"""
+    surprise: float = 0.2
+    """how likely a partner is unlike all that --opponents was trained on, before it is seen to act; 0: it is not"""
     episode_limit: int | None = None
     """env steps after which episodes are cut; None: the longest in the data of --opponents, or not known"""
     joint_obs: bool = False
@@ -133,6 +139,7 @@ LIMITS = {
     ),
     "at least 0": (lambda x: x >= 0, "subgoals exploration seat caution"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma"),
+    "at least 0 and less than 1": (lambda x: 0 <= x < 1, "surprise"),
     "from 0 to 2147483647": (lambda x: 0 <= x < 2**31, "seed"),
 }
 
@@ -252,6 +259,9 @@ class Root(NamedTuple):
     timesteps: Tensor  # [B]
     seats: Tensor  # [B]
     policy_memory: Tensor | None  # [B, A, M] by seat, of --policy
+    strange: Tensor | None = None  # [B, A], how likely each is a stranger
+    situations: Tensor | None = None  # [B, A, T], that each was in, in this episode
+    habits: Tensor | None = None  # [B, A, T], what it did there
 
     def take(self, index: Tensor) -> Root:
         return Root(*(None if x is None else x[index] for x in self))
@@ -468,7 +478,13 @@ class LearnedOpponents:
         summed = F.embedding_bag(cells, encoder.embed.weight, mode="sum")
         return F.relu_(summed + encoder.bias)
 
-    def logits(self, now: Now, rows: Tensor, agents: Tensor, masks: Tensor) -> Tensor:
+    def logits(
+        self,
+        now: Now,
+        rows: Tensor,
+        agents: Tensor,
+        masks: Tensor,
+    ) -> Tensor:
         """What agents [Q] (ego order) do in positions rows [Q] of futures; masks [Q, n] -> [Q, n]"""
         seen, which, t = now.seen, now.future.root[rows], now.future.t[rows]
         mind = now.root.mind[which, agents]  # [Q, D] or [Q, G]
@@ -518,6 +534,127 @@ class LearnedOpponents:
         return pretrain_vae.network_input(spec, views, seats)
 
 
+class Strange(NamedTuple):
+    """Who is imagined as a stranger, drawn once for each of so many luckily equal futures (see Future.noise)."""
+
+    who: Tensor  # [_, A] bool
+    taste: Tensor  # [_, A, n], noise that does not change: it goes on doing what it does
+
+
+class Strangers:
+    """Partners unlike all recorded ones: how likely each other agent is one, and what such a one is used to do.
+
+    Two experts predict each agent: the MOA, and a stranger, who does what it did before in the same situation and may
+    do anything in a new one. Their weights follow Bayes' rule; a fixed share goes back to the prior at each step, so
+    that both can return (Herbster & Warmuth 1998). In imagined futures new situations are left to the MOA.
+    """
+
+    def __init__(self, prior: float, eyes: Eyes):
+        self.prior, self.eyes = prior, eyes
+        self.factors: Tensor | None = None
+
+    def initial_memory(self, *batch: int, device: torch.device) -> dict[str, Tensor]:
+        shape = (*batch, 0)
+        return {
+            "strange": torch.full(batch, self.prior, device=device),
+            "situations": torch.zeros(shape, dtype=torch.int64, device=device),
+            "habits": torch.zeros(shape, dtype=torch.int64, device=device),
+        }
+
+    @staticmethod
+    def with_room(memory: dict[str, Tensor], timesteps: Tensor) -> dict[str, Tensor]:
+        """A copy that has a place for each of timesteps [N]."""
+        longest = int(timesteps.max()) + 1
+        room = (0, max(0, longest - memory["situations"].shape[-1]))
+        situations = F.pad(memory["situations"], room, value=NOWHERE)
+        habits = F.pad(memory["habits"], room)
+        return {
+            "strange": memory["strange"].clone(),
+            "situations": situations.clone(),
+            "habits": habits.clone(),
+        }
+
+    def forget(self, memory: dict[str, Tensor], goes_on: Tensor) -> dict[str, Tensor]:
+        """Begins anew in envs of which goes_on [N] is False."""
+        ended = ~goes_on
+        strange, situations = memory["strange"].clone(), memory["situations"].clone()
+        strange[ended] = self.prior
+        situations[ended] = NOWHERE
+        return {**memory, "strange": strange, "situations": situations}
+
+    def situations(self, seen: Seen, rows: Tensor, agents: Tensor) -> Tensor:
+        """A number for what agents [Q] in positions rows [Q] stand in. [Q] int64
+
+        On a whole map the cell, what lies there and whether somebody else is there, else the whole view.
+        """
+        if self.eyes.whole_map:
+            place = seen.places(rows, agents)
+            flat = seen.views[:, 0].flatten(1, -2)  # [B, C, P]
+            here = flat[rows, place].long()  # [Q, P]
+            A = self.eyes.num_agents
+            company = here[:, :A].sum(1) > 1
+            bits = torch.cat([company[:, None].long(), here[:, A:]], 1)
+            powers = 2 ** torch.arange(bits.shape[1], device=bits.device)
+            return (place << bits.shape[1]) + (bits * powers).sum(1)
+        views = seen.everyone[rows, agents].flatten(1)
+        if self.factors is None:
+            generator = torch.Generator().manual_seed(0)
+            factors = torch.randint(2**31, views.shape[1:], generator=generator)
+            self.factors = factors.to(views.device)
+        numbers = (views.double() * 255).round().long()
+        return (numbers * self.factors).sum(1).abs()
+
+    def counts(
+        self,
+        now: Now,
+        rows: Tensor,
+        agents: Tensor,
+        num_actions: int,
+    ) -> Tensor:
+        """How often agents [Q] did what in the situations that they are in, in positions rows [Q]. [Q, n]"""
+        root = now.root
+        which = now.future.root[rows]
+        here = self.situations(now.seen, rows, agents)  # [Q]
+        same = root.situations[which, agents] == here[:, None]  # [Q, T]
+        never = torch.zeros(len(rows), num_actions, device=here.device)
+        return never.scatter_add(1, root.habits[which, agents], same.float())
+
+    @staticmethod
+    def probs(counts: Tensor, expected: Tensor, masks: Tensor) -> Tensor:
+        """What strangers do that did so often what there, where the MOA expects that of them; all [Q, n]"""
+        anything = masks / masks.sum(1, keepdim=True)
+        new = torch.lerp(expected, anything, NEW)
+        return (counts + ONCE * new) / (counts.sum(1, keepdim=True) + ONCE)
+
+    def draw(
+        self,
+        root: Root,
+        future: Future,
+        num_noises: int,
+    ) -> Strange:
+        """Who is one, in each of so many futures."""
+        n = root.masks.shape[1]
+        owner = torch.zeros(num_noises, dtype=torch.int64, device=root.seats.device)
+        owner[future.noise] = future.root
+        how_likely = root.strange[owner]  # [_, A]
+        who = torch.rand_like(how_likely) < how_likely
+        return Strange(who, gumbel((*who.shape, n), who.device))
+
+    def update(
+        self,
+        before: Tensor,
+        habitual: Tensor,
+        expected: Tensor,
+    ) -> Tensor:
+        """How likely each of [Q] is a stranger, after something to which habits and the MOA gave these probabilities.
+        before, habitual, expected [Q] -> [Q]"""
+        strange = before * habitual
+        known = (1 - before) * expected
+        possible = strange + known > 0  # else the world model took what was done for illegal
+        after = torch.where(possible, strange / (strange + known), before)
+        return torch.lerp(after, torch.full_like(after, self.prior), FIXED_SHARE)
+
+
 class TrueOpponents:
     """The scripts that sit in the other seats."""
 
@@ -540,7 +677,13 @@ class TrueOpponents:
     def mind(self, history: Tensor) -> Tensor:
         return history
 
-    def logits(self, now: Now, rows: Tensor, agents: Tensor, masks: Tensor) -> Tensor:
+    def logits(
+        self,
+        now: Now,
+        rows: Tensor,
+        agents: Tensor,
+        masks: Tensor,
+    ) -> Tensor:
         """As LearnedOpponents.logits."""
         own_seats = now.root.seats[now.future.root[rows]]
         seats = (own_seats + agents) % len(self.scripts)  # [Q]
@@ -594,7 +737,13 @@ class Scripted:
         self.names = [name]
         self.env_id, self.env_kwargs = env.env_id, env_kwargs
 
-    def logits(self, now: Now, rows: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+    def logits(
+        self,
+        now: Now,
+        rows: Tensor,
+        masks: Tensor,
+        which: Tensor,
+    ) -> Tensor:
         """Of the own seat in positions rows [Q]; masks [Q, A, n]; which [Q]: of the `count` policies. -> [Q, n]"""
         own = now.seen.views[rows, 0]
         probs = script_probs(self.names[0], self.env_id, self.env_kwargs, own, masks[:, 0])
@@ -609,7 +758,13 @@ class Subgoals:
         self.count = len(centres)
         self.names = [f"subgoal {c}" for c in range(self.count)]
 
-    def logits(self, now: Now, rows: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+    def logits(
+        self,
+        now: Now,
+        rows: Tensor,
+        masks: Tensor,
+        which: Tensor,
+    ) -> Tensor:
         """As Scripted.logits."""
         z = self.centres[which]
         return self.opponents.logits_of(z, now.seen, rows, masks[:, 0], now.future.t[rows])
@@ -623,7 +778,13 @@ class Trained:
     def __init__(self, policy: Policy, name: str):
         self.policy, self.names = policy, [name]
 
-    def logits(self, now: Now, rows: Tensor, masks: Tensor, which: Tensor) -> Tensor:
+    def logits(
+        self,
+        now: Now,
+        rows: Tensor,
+        masks: Tensor,
+        which: Tensor,
+    ) -> Tensor:
         """As Scripted.logits; moves the memories on."""
         future_here = now.future.take(rows)
         seats = now.root.seats[future_here.root]  # [Q]
@@ -754,13 +915,16 @@ class Planner:
         args: Args,
         seats: tuple[int, ...],
         episode_limit: int | None,
+        strangers: Strangers | None = None,
     ):
-        """value(everyone [B, A, *O], seats [B]) -> V [B], None: nothing; episode_limit: None where it is not known"""
+        """value(everyone [B, A, *O], seats [B]) -> V [B], None: nothing; episode_limit: None where it is not known;
+        strangers: None: all partners are like those that were recorded"""
         self.eyes, self.world, self.opponents = eyes, world, opponents
         self.bases, self.value, self.args = bases, value, args
         self.seats = seats
         self.num_bases = sum(base.count for base in bases)
         self.episode_limit = episode_limit
+        self.strangers = strangers
         self.seconds, self.decisions = 0.0, 0
 
     # -- as a player
@@ -768,9 +932,14 @@ class Planner:
     def initial_state(self, num_envs: int) -> dict[str, Any]:
         A = self.eyes.num_agents
         policy = self.trained_policy()
+        history = self.opponents.initial_history(num_envs, len(self.seats), A)
+        strangers = None
+        if self.strangers is not None:
+            strangers = self.strangers.initial_memory(num_envs, len(self.seats), A, device=history.device)
         return {
-            "history": self.opponents.initial_history(num_envs, len(self.seats), A),  # [N, seats, A, G], ego order
+            "history": history,  # [N, seats, A, G], ego order
             "timesteps": None,  # [N]
+            "strangers": strangers,
             "policy": None if policy is None else policy.initial_state(num_envs),
         }
 
@@ -797,6 +966,8 @@ class Planner:
         goes_on = ~step.episode_over
         memory["timesteps"] = memory["timesteps"] * goes_on
         memory["history"] = memory["history"] * goes_on.view(N, 1, 1, 1)
+        if self.strangers is not None:
+            memory["strangers"] = self.strangers.forget(memory["strangers"], goes_on)
         actions = torch.zeros(step.active.shape, dtype=torch.int64, device=step.obs.device)
         for s, seat in enumerate(self.seats):
             plans = step.active[:, seat]
@@ -824,6 +995,8 @@ class Planner:
         """What everyone did becomes part of the beliefs, of those who are still there."""
         start = time.perf_counter()
         N, A = step.active.shape
+        if self.strangers is not None:
+            memory = {**memory, "strangers": self.judge(step, actions, memory)}
         history = memory["history"].clone()
         for s, seat in enumerate(self.seats):
             seats = torch.full((N,), seat, device=step.obs.device)
@@ -843,6 +1016,43 @@ class Planner:
         self.wait(step.obs.device)
         self.seconds += time.perf_counter() - start
         return memory
+
+    def judge(
+        self,
+        step: EnvStep,
+        actions: Tensor,
+        memory: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """What is known of strangers after `actions`: how likely each other agent is one, and what it did where."""
+        N, A = step.active.shape
+        known = self.strangers.with_room(memory["strangers"], memory["timesteps"])
+        for s, seat in enumerate(self.seats):
+            order = ego_order(A)[seat].to(actions.device)
+            envs = step.active[:, seat].nonzero()[:, 0]
+            root = self.root(step, {**memory, "strangers": known}, s, envs)
+            each = torch.arange(len(envs), device=envs.device)
+            future = self.begin(root, each, torch.zeros_like(each))
+            now = Now(self.world.look(root.views), future, root)
+            rows, others = root.active[:, 1:].nonzero(as_tuple=True)
+            if not len(rows):
+                continue
+            agents = others + 1
+            masks = self.world.masks(now.seen, root.active)[rows, agents]
+            done = actions[envs][:, order][rows, agents]  # [Q]
+            expected = self.opponents.logits(now, rows, agents, masks).softmax(1)
+            counts = self.strangers.counts(now, rows, agents, masks.shape[1])
+            habitual = self.strangers.probs(counts, expected, masks)
+            each = torch.arange(len(done), device=done.device)
+            where = (envs[rows], torch.full_like(rows, s), agents)
+            known["strange"][where] = self.strangers.update(
+                known["strange"][where],
+                habitual[each, done],
+                expected[each, done],
+            )
+            now_at = (*where, memory["timesteps"][envs[rows]])
+            known["situations"][now_at] = self.strangers.situations(now.seen, rows, agents)
+            known["habits"][now_at] = done
+        return known
 
     def ms_per_decision(self) -> float:
         """Thinking and remembering, of one seat in one env."""
@@ -871,6 +1081,9 @@ class Planner:
             masks = self.world.masks(seen, active)[:, 0]
         else:
             masks = step.action_mask[rows, seat]
+        known = {}
+        if self.strangers is not None:
+            known = {name: x[rows, s] for name, x in memory["strangers"].items()}
         return Root(
             views=views,
             active=active,
@@ -879,6 +1092,7 @@ class Planner:
             timesteps=memory["timesteps"][rows],
             seats=seats,
             policy_memory=None if memory["policy"] is None else memory["policy"][rows],
+            **known,
         )
 
     # -- decisions
@@ -979,18 +1193,22 @@ class Planner:
         horizon: int,
         num_noises: int,
         num_out: int,
+        strange: Strange | None = None,
     ) -> Tensor:
         """Plays futures to their end or the horizon; sums discounted returns by `out`. -> [num_out]
 
         first [B]: the own first actions; None: the base policy's. Futures that are over are dropped on the way.
+        strange: None: strangers are drawn.
         """
+        if strange is None and self.strangers is not None:
+            strange = self.strangers.draw(root, future, num_noises)
         returns = torch.zeros(num_out, device=future.views.device)
         discount = 1.0
         for h in range(horizon):
             seen = self.world.look(future.views)
             masks = self.world.masks(seen, future.active)
             noise = gumbel((num_noises, *masks.shape[1:]), returns.device)
-            actions = self.others_actions(Now(seen, future, root), masks, noise)
+            actions = self.others_actions(Now(seen, future, root), masks, noise, strange)
             if h == 0 and first is not None:
                 actions[:, 0] = first
             else:
@@ -1027,10 +1245,11 @@ class Planner:
         now: Now,
         masks: Tensor,
         noise: Tensor,
+        strange: Strange | None,
     ) -> Tensor:
         """Sampled actions [B, A] of the others, 0 of those who left and of the own seat.
 
-        noise [_, A, n]: futures with the same of it share their luck.
+        noise [_, A, n]: futures with the same of it share their luck. strange: None: nobody is a stranger.
         """
         future = now.future
         actions = torch.zeros(future.active.shape, dtype=torch.int64, device=masks.device)
@@ -1040,6 +1259,15 @@ class Planner:
         agents = others + 1
         logits = self.opponents.logits(now, rows, agents, masks[rows, agents])
         actions[rows, agents] = draw(logits, noise[future.noise[rows], agents])
+        if strange is not None:
+            theirs = strange.who[future.noise[rows], agents].nonzero()[:, 0]
+            rows, agents = rows[theirs], agents[theirs]
+            counts = self.strangers.counts(now, rows, agents, masks.shape[2])
+            used_to = counts.any(1)
+            rows, agents = rows[used_to], agents[used_to]
+            expected = logits[theirs[used_to]].softmax(1)
+            probs = self.strangers.probs(counts[used_to], expected, masks[rows, agents])
+            actions[rows, agents] = draw(probs.log(), strange.taste[future.noise[rows], agents])
         return actions
 
     def own_logits(
@@ -1093,6 +1321,9 @@ class Planner:
         returns = torch.zeros(T, device=node.device)
         discount = torch.ones(T, device=node.device)
         path, leaves = [], []
+        strange = None
+        if self.strangers is not None:
+            strange = self.strangers.draw(root, future, T)
         for depth in range(self.args.horizon):
             seen = self.world.look(future.views)
             masks = self.world.masks(seen, future.active)
@@ -1102,7 +1333,7 @@ class Planner:
             uniform = masks[:, 0] / masks[:, 0].sum(1, keepdim=True)
             prior = torch.lerp(prior, uniform, UNIFORM_SHARE)
             noise = gumbel((T, *masks.shape[1:]), node.device)
-            actions = self.others_actions(Now(seen, future, root), masks, noise)
+            actions = self.others_actions(Now(seen, future, root), masks, noise, strange)
             tree = future.out
             chosen = trees.choose(tree, node, prior, masks[:, 0], self.args.exploration)
             actions[:, 0] = chosen
@@ -1117,15 +1348,21 @@ class Planner:
             if not len(on):
                 break
         leaf = join([*leaves, future])
-        returns += discount * self.worth(leaf, root, T)
+        returns += discount * self.worth(leaf, root, T, strange)
         trees.back_up(path, returns)
 
-    def worth(self, leaf: Future, root: Root, num_trees: int) -> Tensor:
+    def worth(
+        self,
+        leaf: Future,
+        root: Root,
+        num_trees: int,
+        strange: Strange | None,
+    ) -> Tensor:
         """V of new positions, or what the base policy gets from there. By `out`: [T]"""
         if not len(leaf.t):
             return torch.zeros(num_trees, device=leaf.t.device)
         if self.value is None:
-            return self.play(leaf, root, None, self.args.horizon, num_trees, num_trees)
+            return self.play(leaf, root, None, self.args.horizon, num_trees, num_trees, strange)
         later = self.value(self.eyes.everyone(leaf.views), root.seats[leaf.root])
         return torch.zeros(num_trees, device=later.device).index_add(0, leaf.out, later)
 
@@ -1405,13 +1642,16 @@ def make_planner(
         world = TrueWorld(env, env_kwargs, eyes)
     else:
         world = LearnedWorld(read_world_model(args.world_model, env, env_kwargs), eyes)
+    strangers = None
+    if args.surprise and args.opponents != TRUE:
+        strangers = Strangers(args.surprise, eyes)
     bases = make_bases(args, env, env_kwargs, opponents)
     value = None
     if args.policy is not None and eyes.whole_map:
         value = CriticValues(args.policy, eyes, env.device)
     elif args.values is not None:
         value = fit_values(args.values, env.device)
-    return Planner(eyes, world, opponents, bases, value, args, seats, limit)
+    return Planner(eyes, world, opponents, bases, value, args, seats, limit, strangers)
 
 
 def true_scripts(args: Args, env: VecEnv) -> list[str | None]:

@@ -41,7 +41,8 @@ from runs import UsageError, command_line, read_metrics, safe_name
 COLUMNS = "setting agent env_steps training_seed mix episodes seed mean_return interval_95 machine date".split()
 STEPS_COLUMNS = "setting mix training_seed env_steps target_return reached_return machine date".split()
 ENOUGH = 0.9  # of what the best response returns
-HELD_OUT = "waits_at_stag"  # a script that the planners' models can do without
+RECORDED = ("nearest_stag", "nearest_hare", "random")  # who sits in seat 0 while planners' data is recorded
+MORE_KNOWN = (*RECORDED, "waits_at_stag")  # who is recorded beside it where a script is held out
 PLANNED_STEPS = 40_000  # env steps that are recorded for world model and opponents
 
 
@@ -64,9 +65,9 @@ def trained(name: str, flags: str, *needs: str) -> Job:
     return Job(name, "hyper_mappo.py", f"{common} {flags} --seed {{seed}}", needs)
 
 
-def recorded(name: str, scripts: str, partners: str) -> Job:
-    """Scripts at play: who sits in seat 0 is drawn from `scripts`, the others from `partners`."""
-    flags = f"{{env}} --num-steps {PLANNED_STEPS} --policies {scripts} --partners {partners}"
+def recorded(name: str, which: str) -> Job:
+    """Scripts at play, of those that are met or those that are known where one is held out."""
+    flags = f"{{env}} --num-steps {PLANNED_STEPS} --policies {{{which} in seat 0}} --partners {{{which} beside it}}"
     return Job(name, "collect_data.py", f"{flags} --seed {{seed}}")
 
 
@@ -88,14 +89,12 @@ FREE = "--smooth-coef 0 --align-coef 0"  # who changes its mind changes its weig
 JOBS = {
     job.name: job
     for job in (
-        recorded("data", "nearest_stag nearest_hare random", "{alike}"),
+        recorded("data", "met"),
         world_model("world model", "data"),
         opponents("opponents", "data"),
-        recorded("data, held out", "nearest_stag nearest_hare random", "{known}"),
+        recorded("data, held out", "known"),
         world_model("world model, held out", "data, held out"),
         opponents("opponents, held out", "data, held out"),
-        recorded("data, held out, one stays", "nearest_stag nearest_hare random stay", "{known_or_stays}"),
-        opponents("opponents, held out, one stays", "data, held out, one stays"),
         trained("plain PPO", "--hyper none"),
         trained("actor-context", f"--hyper none --actor-context {LOCAL}"),
         trained("delta", f"--hyper delta {LOCAL} {FREE}"),
@@ -123,15 +122,15 @@ class Planned:
     cost: int = 1  # it plays so many times fewer episodes
 
 
+WITHOUT_ONE = {"world_model": "world model, held out", "opponents": "opponents, held out"}
 PLANNERS = {
     "rollout": Planned({}),
+    "rollout, surprise 0": Planned({"surprise": 0.0}),
     "rollout, true world": Planned({"world": "true"}, {"opponents": "opponents"}),
     "rollout, true opponents": Planned({"opponents": "true"}, {"world_model": "world model"}),
     "rollout, 6 subgoals": Planned({"subgoals": 6}),
-    "rollout, held out": Planned({}, {"world_model": "world model, held out", "opponents": "opponents, held out"}),
-    "rollout, held out, one stays": Planned(
-        {}, {"world_model": "world model, held out", "opponents": "opponents, held out, one stays"}
-    ),
+    "rollout, held out": Planned({}, WITHOUT_ONE),
+    "rollout, held out, surprise 0": Planned({"surprise": 0.0}, WITHOUT_ONE),
     "one-step": Planned(
         {"method": "one-step"},
         {"world_model": "world model", "opponents": "opponents", "policy": "self-play"},
@@ -195,21 +194,21 @@ class Place:
     def command(self, job: Job, **more: str) -> list[str]:
         """What runs a job; more: what else stands in braces."""
         setting = self.setting
-        names = [mix[0].rpartition(":")[0] for mix in setting.mixes]
-        seats = setting.mixes[0][0].rpartition(":")[2]
-        known = [name for name in names if name != HELD_OUT] + ["nearest_hare", "random"]
+        known = [name for name in MORE_KNOWN if name != setting.held_out]
         env_kwargs = shlex.quote(json.dumps(setting.env_kwargs))
         words = {
             "env": f"--env-id {setting.env_id} --env-kwargs {env_kwargs}",
-            "pool": setting.pool[0],
-            "alike": f"same={','.join(names)}:{seats}",
-            "known": f"same={','.join(known)}:{seats}",
-            "known_or_stays": f"same={','.join([*known, 'stay'])}:{seats}",
+            "met in seat 0": " ".join(RECORDED),
+            "met beside it": f"same={','.join(setting.scripts)}:{setting.seats}",
+            "known in seat 0": " ".join(name for name in RECORDED if name in known),
+            "known beside it": f"same={','.join(known)}:{setting.seats}",
             "limit": str(setting.env_kwargs["max_cycles"]),
             "seed": str(self.seed),
             "steps": str(self.args.env_steps),
             **more,
         }
+        if "{pool}" in job.flags:
+            words["pool"] = setting.pool[0]
         for name in job.needs:
             words[f"folder of {name}"] = shlex.quote(str(self.made(name) or f"<{name}>"))
         out = shlex.quote(str(self.folder(job.name)))
@@ -418,7 +417,7 @@ def means_by_seed(rows: list[dict[str, str]], setting: Setting) -> list[list[flo
 def as_table(setting: Setting, rows: list[dict[str, str]]) -> str:
     """Markdown: a row for each agent and number of env steps, means over seeds ± 95 % over seeds."""
     rows = [row for row in rows if row["setting"] == setting.name]
-    mixes = " | ".join(mix[0].rpartition(":")[0] for mix in setting.mixes)
+    mixes = " | ".join(" ".join(mix).removesuffix(":1") for mix in setting.mixes)
     lines = [
         f"| {setting.name} | env steps | seeds | {mixes} | mean |",
         "|---|---:|---:|" + "---:|" * (len(setting.mixes) + 1),
@@ -450,9 +449,17 @@ def check_args(args: Args) -> None:
         raise UsageError(f"--agents: expected {'; '.join(known)}, got {'; '.join(unknown)}: name one of these")
     for name in args.settings:
         setting = SETTINGS[name]
-        _ = setting.pool  # UsageError where a pool cannot draw its mixes
+        if needs_pool(args.agents):
+            _ = setting.pool  # UsageError where a pool cannot draw its mixes
         if "max_cycles" not in setting.env_kwargs:
             raise UsageError(f"--settings: expected one that says its max_cycles, got {name}: take a small hunt")
+        if setting.held_out is None and any("held out" in agent for agent in args.agents):
+            raise UsageError(f"--agents: nobody is held out in {name}, leave out those that ask for it")
+
+
+def needs_pool(agents: tuple[str, ...]) -> bool:
+    """Whether one of them (none: all) is trained beside the pool."""
+    return not agents or any(agent in TRAINED or agent == TRAINS_ON for agent in agents)
 
 
 def main(args: Args) -> None:

@@ -112,7 +112,11 @@ def samples(
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
-def balanced_accuracy(x: Tensor, is_true: Tensor, fits: Tensor) -> float:
+def balanced_accuracy(
+    x: Tensor,
+    is_true: Tensor,
+    fits: Tensor,
+) -> float:
     """Of a logistic regression, fitted where `fits` [B] and judged elsewhere: x [B, D], is_true [B] bool."""
     x = x - x[fits].mean(0)
     x = x / x[fits].std(0).clamp(min=1e-6)
@@ -159,7 +163,13 @@ class Told(VecEnv):
     The plane is all zero otherwise: here it is 0, 1, ... for the setting's mixes. Actions of seats after 0 do nothing.
     """
 
-    def __init__(self, setting: Setting, num_envs: int, device: torch.device, seed: int):
+    def __init__(
+        self,
+        setting: Setting,
+        num_envs: int,
+        device: torch.device,
+        seed: int,
+    ):
         self.env = make_vec_env(setting.env_id, num_envs, device, seed, **setting.env_kwargs)
         self.players = [make_policy(mix[0].rpartition(":")[0], self.env) for mix in setting.mixes]
         self.shares = setting.shares

@@ -53,7 +53,12 @@ class Clock:
         self.cpu: dict[str, float] = {}
         self.wall: dict[str, float] = {}
 
-    def watch(self, owner: Any, name: str, label: str) -> None:
+    def watch(
+        self,
+        owner: Any,
+        name: str,
+        label: str,
+    ) -> None:
         """Counts the time of a method from now on."""
         function = getattr(owner, name)
 

@@ -115,9 +115,9 @@ def test_unknown_settings_are_one_line(tmp_path):
         main(Args(settings=("nowhere",), out=str(tmp_path / "x.csv")))
 
 
-def hunt_of_four_cells(max_cycles, view=None):
+def hunt_of_four_cells(max_cycles, view=None, other="stay"):
     """Two players, a stag and a hare on 2 x 2: everyone starts on a cell of its own. All 12 layouts."""
-    setting = small_hunt(2, 2, 1, max_cycles, ("nearest_stag", "stay"), view)
+    setting = small_hunt(2, 2, 1, max_cycles, ("nearest_stag", other), view)
     layouts = [[stag, hare] for stag in range(4) for hare in range(4) if hare != stag]
     return SolvedHunt(setting, torch.tensor(layouts))
 
@@ -137,6 +137,15 @@ def test_a_solved_hunt_by_hand():
     assert without_clock.tolist() == pytest.approx(unaware.tolist(), abs=0.02)
     known, unaware = hunt_of_four_cells(8).gap()
     assert known.tolist() == unaware.tolist() == pytest.approx([5, 1])  # time enough to see who comes
+
+
+def test_a_memory_is_worth_what_it_finds_out_in_time():
+    """Beside a waiter, by where the hare starts: opposite the stag the learner sees in the second step that the partner
+    does not hunt, and has the hare, two cells away, in the fifth; beside it, in the fourth at the latest."""
+    for max_cycles, hunter, waiter in ((2, (5 + 1 + 0) / 3, 1 / 3), (4, 5, 2 / 3), (5, 5, 1)):
+        returns = hunt_of_four_cells(max_cycles, other="waits_at_stag").with_memory()
+        assert returns.tolist() == pytest.approx([hunter, waiter])
+    assert hunt_of_four_cells(2, other="random").with_memory() is None  # it may do whatever others do
 
 
 def test_a_window_hides_and_never_helps():

@@ -54,9 +54,17 @@ def test_commands_are_those_of_the_setting(tmp_path):
     assert flags["--partners"] == "same=nearest_stag*1,waits_at_stag*3:1" and flags["--hyper"] == "full"
     assert flags["--env-kwargs"] == '{"height": 4, "width": 4, "num_players": 2, "num_hares": 1, "max_cycles": 10}'
     # What is held out is in no recording that those models learn from, what is known in all of them.
-    for name, held_out in (("data", False), ("data, held out", True), ("data, held out, one stays", True)):
+    for name, held_out in (("data", False), ("data, held out", True)):
         words = " ".join(place.command(JOBS[name]))
         assert ("waits_at_stag" in words) != held_out and "same=nearest_stag" in words
+    hares = Place(Args(runs_dir=tmp_path), SETTINGS["4x4-2p1h-T10-1to3-nearest_hare"], 7)
+    words = " ".join(hares.command(JOBS["data, held out"]))
+    assert (
+        "nearest_hare" not in words and "--policies nearest_stag random --partners same=nearest_stag,random," in words
+    )
+    assert "--partners same=nearest_stag,nearest_hare:1" in " ".join(hares.command(JOBS["data"]))
+    mixed = Place(Args(runs_dir=tmp_path), SETTINGS["4x4-4p4h-mixed"], 7)
+    assert "--partners same=nearest_stag,nearest_hare,random:3" in " ".join(mixed.command(JOBS["data"]))
     assert JOBS["opponents, held out"].needs == ("data, held out",)
     folder = place.folder("data")
     folder.mkdir(parents=True)

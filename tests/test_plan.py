@@ -13,7 +13,7 @@ from collect_data import Args as CollectArgs
 from collect_data import main as collect_main
 from dataset import ego_order
 from envs import describe_obs, make_vec_env
-from envs.stag_hunt import HUNT_HARE, STAY, StagHuntVecEnv
+from envs.stag_hunt import HUNT_HARE, HUNT_STAG, STAY, StagHuntVecEnv
 
 LEFT, RIGHT = 2, 3
 
@@ -402,6 +402,122 @@ def test_puct_by_hand():
     # values: node 0 saw 3, node 1 saw 4: scaled 0 and 1; untried ones count as the mean of their node, 0
     scores = [0.2 * 2**0.5 / 1, 0.5 * 2**0.5 / 2, 0.3 * 2**0.5 / 1]
     assert trees.choose(zero, zero, prior, legal, 1.0).item() == scores.index(max(scores)) == 2
+
+
+# ---------------------------------------------------------------- partners unlike all that were recorded
+
+
+def beside_a_waiter(surprise):
+    """A planner that takes its partner for a stag hunter, on the stag beside one who only stays; a hare two cells on.
+
+    -> env, its first step, the planner
+    """
+    options = {"height": 1, "width": 4, "num_players": 2, "num_stags": 1, "num_hares": 1, "max_cycles": 12}
+    env = StagHuntVecEnv(1, "cpu", 0, **options)
+    step = env.set_positions(torch.tensor([[1, 1, 1, 3]]))
+    step.episode_over[:] = True
+    planner = make_planner(true_args(partners=("nearest_stag:1",), episode_limit=12, samples=8), env)
+    if surprise:
+        planner.strangers = plan.Strangers(surprise, planner.eyes)
+    return env, step, planner
+
+
+@pytest.mark.parametrize(("surprise", "found"), [(0.0, 0.0), (0.2, 1.0)])
+def test_who_admits_surprise_leaves_a_partner_who_never_hunts(surprise, found):
+    env, step, planner = beside_a_waiter(surprise)
+    torch.manual_seed(0)
+    memory = planner.initial_state(1)
+    while True:
+        actions, memory = planner.act(step, memory)
+        actions[0, 1] = STAY
+        memory = planner.remember(step, actions, memory)
+        step = env.step(actions)
+        if step.episode_over[0]:
+            break
+    assert step.episode_returns[0, 0] == found
+
+
+def test_the_odds_of_a_stranger_follow_what_is_done():
+    """A partner that is taken for a stag hunter does not hunt, then does, then the episode ends."""
+    _, step, planner = beside_a_waiter(0.1)
+    _, memory = planner.act(step, planner.initial_state(1))
+    assert memory["strangers"]["strange"][0, 0].tolist() == pytest.approx([0.1, 0.1])
+
+    def after(action, memory):
+        return planner.remember(step, torch.tensor([[STAY, action]]), memory)
+
+    share = plan.FIXED_SHARE
+    memory = after(STAY, memory)  # the script never does that: it must be a stranger
+    assert memory["strangers"]["strange"][0, 0, 1] == pytest.approx(1 - share + share * 0.1)
+    strange = memory["strangers"]["strange"][0, 0, 1].item()
+    memory = after(HUNT_STAG, memory)  # the script always does that, a stranger has done another thing here
+    new = 1 - plan.NEW + plan.NEW / 4  # legal: left, right, stay, hunt stag
+    habitual = plan.ONCE * new / (1 + plan.ONCE)
+    expected = strange * habitual / (strange * habitual + 1 - strange)
+    assert memory["strangers"]["strange"][0, 0, 1] == pytest.approx((1 - share) * expected + share * 0.1)
+    assert memory["strangers"]["habits"][0, 0, 1].tolist() == [STAY, HUNT_STAG]
+    memory = after(HUNT_HARE, memory)  # illegal, as far as the planner can tell: no evidence
+    assert 0 < memory["strangers"]["strange"][0, 0, 1] < 1
+    _, memory = planner.act(step, memory)  # an episode begins
+    assert memory["strangers"]["strange"][0, 0].tolist() == pytest.approx([0.1, 0.1])
+    assert (memory["strangers"]["situations"] == plan.NOWHERE).all()
+
+
+def test_strangers_do_what_they_did_in_the_same_situation():
+    env, step, planner = beside_a_waiter(0.1)
+    _, memory = planner.act(step, planner.initial_state(1))
+    memory = planner.remember(step, torch.tensor([[STAY, STAY]]), memory)
+    memory = planner.remember(step, torch.tensor([[STAY, STAY]]), memory)
+
+    def asked(step):
+        root = planner.root(step, memory, 0, torch.tensor([0]))
+        future = planner.begin(root, torch.tensor([0]), torch.tensor([0]))
+        now = plan.Now(planner.world.look(root.views), future, root)
+        who = (now, torch.tensor([0]), torch.tensor([1]))
+        masks = step.action_mask[:, 1]
+        expected = planner.opponents.logits(*who, masks).softmax(1)
+        return planner.strangers.probs(planner.strangers.counts(*who, 7), expected, masks)[0]
+
+    def by_action(stay, hunt, others):
+        return pytest.approx([0, 0, others, others, stay, hunt, 0])
+
+    half_known = 1 - plan.NEW + plan.NEW / 4  # the script hunts; legal: left, right, stay, hunt stag
+    anything = plan.NEW / 4
+    visits = 2 + plan.ONCE
+    stays = (2 + plan.ONCE * anything) / visits
+    others = plan.ONCE * anything / visits
+    assert asked(step).tolist() == by_action(stays, plan.ONCE * half_known / visits, others)
+    assert asked(step).sum() == pytest.approx(1)
+    alone = env.set_positions(torch.tensor([[0, 1, 1, 3]]))  # on the same cell, without company: another situation
+    assert asked(alone).tolist() == by_action(anything, half_known, anything)
+
+
+def test_without_surprise_and_beside_nobody_strange_all_is_as_before(folders):
+    """surprise 0 draws nothing and keeps nothing; and where all draws say "no stranger", actions are the MOA's."""
+    env = make_env(16)
+    step = play_random(env, 2)
+    assert make_planner(make_args(folders, surprise=0.0), env).strangers is None
+    assert make_planner(true_args(), env).strangers is None
+    planner = make_planner(make_args(folders, surprise=0.3), env)
+    rows = step.active[:, 0].nonzero()[:, 0]
+    _, memory = planner.act(step, planner.initial_state(16))
+    memory = planner.remember(step, torch.full((16, 4), STAY), memory)  # now all have a habit
+    root = planner.root(step, memory, 0, rows)
+    each = torch.arange(len(rows))
+    future = planner.begin(root, each, torch.zeros_like(each))
+    seen = planner.world.look(future.views)
+    masks = planner.world.masks(seen, future.active)
+    noise = plan.gumbel(masks.shape, masks.device)
+    now = plan.Now(seen, future, root)
+    strange = planner.strangers.draw(root, future, len(rows))
+    assert strange.who.any() and not strange.who.all()
+    without = planner.others_actions(now, masks, noise, None)
+    nobody = strange._replace(who=torch.zeros_like(strange.who))
+    assert torch.equal(planner.others_actions(now, masks, noise, nobody), without)
+    drawn = planner.others_actions(now, masks, noise, strange)
+    known = ~strange.who | ~future.active
+    assert torch.equal(drawn[known], without[known]) and not torch.equal(drawn, without)
+    assert masks.gather(2, drawn[..., None])[..., 0][future.active].all()
 
 
 # ---------------------------------------------------------------- as a program and as a player
