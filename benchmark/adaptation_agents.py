@@ -100,7 +100,6 @@ JOBS = {
         trained("delta", f"--hyper delta {LOCAL} {FREE}"),
         trained("full", f"--hyper full {LOCAL} {FREE}"),
         trained("last-layer", f"--hyper last-layer {LOCAL} {FREE}"),
-        trained("low-rank", f"--hyper low-rank {LOCAL} {FREE}"),
         trained("actor-context, z", f"--hyper none --actor-context {JOINT_Z}", "opponents"),
         trained("delta, z", f"--hyper delta {JOINT_Z} {FREE}", "opponents"),
         trained("full, z", f"--hyper full {JOINT_Z} {FREE}", "opponents"),
