@@ -635,7 +635,9 @@ class GridParallelEnv(ParallelEnv, EzPickle):
         obs_space = gym.spaces.Box(0, 1, self._env.obs_shape, np.uint8)
         self.state_space = gym.spaces.Box(0, 1, self._env.state_shape, np.uint8)
         self.observation_spaces = {agent: copy.deepcopy(obs_space) for agent in self.possible_agents}
-        self.action_spaces = {agent: gym.spaces.Discrete(self._env.num_actions) for agent in self.possible_agents}
+        self.action_spaces = {}
+        for agent in self.possible_agents:
+            self.action_spaces[agent] = gym.spaces.Discrete(self._env.num_actions)
 
     def observation_space(self, agent: str) -> gym.Space:
         return self.observation_spaces[agent]
@@ -726,7 +728,11 @@ def register_presets(module: str, presets: dict[str, dict[str, int]]) -> None:
         )
 
 
-def options_of(preset: str, presets: dict[str, dict[str, int]], game: str) -> dict[str, int]:
+def options_of(
+    preset: str,
+    presets: dict[str, dict[str, int]],
+    game: str,
+) -> dict[str, int]:
     """The constructor arguments of a preset; UsageError for an unknown name."""
     if preset not in presets:
         raise UsageError(f"expected a {game} preset, one of {', '.join(presets)}, got '{preset}'; use one of these")
@@ -865,11 +871,25 @@ class Cell:
             pixels.append((x, y))
         return pixels
 
-    def ellipse(self, left: float, top: float, right: float, bottom: float, **style: Any) -> None:
+    def ellipse(
+        self,
+        left: float,
+        top: float,
+        right: float,
+        bottom: float,
+        **style: Any,
+    ) -> None:
         corners = self.pixels([(left, top), (right, bottom)])
         self.draw.ellipse(corners, **style)
 
-    def slab(self, left: float, top: float, right: float, bottom: float, fill: str) -> None:
+    def slab(
+        self,
+        left: float,
+        top: float,
+        right: float,
+        bottom: float,
+        fill: str,
+    ) -> None:
         corners = self.pixels([(left, top), (right, bottom)])
         self.draw.rounded_rectangle(corners, SIZE * 0.12, fill=fill)
 

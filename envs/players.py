@@ -120,7 +120,10 @@ def _random_legal(env: VecEnv) -> Choose:
             legal = torch.ones(shape, device=env.device)  # [N, A, sum of sizes]
         else:
             legal = step.action_mask.float()
-        drawn = [torch.multinomial(part.flatten(0, 1), 1) for part in legal.split(sizes, dim=-1)]  # [N * A, 1] each
+        drawn = []
+        for part in legal.split(sizes, dim=-1):
+            flat = part.flatten(0, 1)  # [N * A, size]
+            drawn.append(torch.multinomial(flat, 1))  # [N * A, 1]
         actions = torch.cat(drawn, dim=1)  # [N * A, D]
         if in_parts:
             return actions.view(*step.active.shape, len(sizes))
@@ -197,11 +200,15 @@ def parse_partners(partners: tuple[str, ...]) -> list[PartnerSeats]:
         if not is_pool or kind not in ("pool", "same"):
             parsed.append(PartnerSeats((who,), int(seats)))
             continue
-        weights = dict(_name_and_weight(member) for member in names.split(","))
-        if "" in weights or len(weights) < len(names.split(",")) or 0 in weights.values():
+        listed = names.split(",")
+        weights = dict(map(_name_and_weight, listed))
+        are_different = len(weights) == len(listed)
+        if not are_different or "" in weights or 0 in weights.values():
             raise UsageError(f"--partners expects different members, like pool=random,stay*3:2, got {partner!r}")
-        members = tuple(name for name, weight in weights.items() for _ in range(weight))
-        parsed.append(PartnerSeats(members, int(seats), kind == "same"))
+        members = []
+        for name, weight in weights.items():
+            members += weight * [name]
+        parsed.append(PartnerSeats(tuple(members), int(seats), kind == "same"))
     return parsed
 
 
@@ -244,7 +251,8 @@ class Partners:
             )
         if seats is None:
             seats = tuple(range(self.first_seat, env.num_agents))
-        if len(set(seats)) != num_partners or not set(seats) <= set(range(env.num_agents)):
+        different = set(seats)
+        if len(different) != num_partners or not different <= set(range(env.num_agents)):
             raise UsageError(
                 f"--partners fill {num_partners} seats of {env.env_id}, got the seats {list(seats)} for them"
             )
@@ -265,7 +273,11 @@ class Partners:
         self.seated = self._draw()
 
     @staticmethod
-    def _make(name: str, env: VecEnv, make_player: Callable[[str, VecEnv], Any]) -> Any:
+    def _make(
+        name: str,
+        env: VecEnv,
+        make_player: Callable[[str, VecEnv], Any],
+    ) -> Any:
         try:
             return make_player(name, env)
         except UsageError as error:
@@ -311,7 +323,8 @@ class Partners:
             place = torch.where(rest < 0, 0.0, behind) + self.phase % sizes
         place = place.long() % sizes
         index = place[..., None]  # [N, P, 1]
-        return self._members.expand(len(draws), -1, -1).gather(2, index)[..., 0]
+        by_env = self._members.expand(len(draws), -1, -1)  # [N, P, longest]
+        return by_env.gather(2, index)[..., 0]
 
     @torch.no_grad()
     def play(self, step: EnvStep, actions: Tensor) -> Tensor:
@@ -344,7 +357,9 @@ class Partners:
         own = step.episode_returns[:, self.seats]  # [N, P]
         learners = step.episode_returns @ (self.learners / self.learners.sum())  # [N]
         learners = learners[:, None]
-        values = torch.stack([torch.ones_like(own), own, learners.expand_as(own)], dim=-1)  # [N, P, 3]
+        counts = torch.ones_like(own)
+        beside = learners.expand_as(own)
+        values = torch.stack([counts, own, beside], dim=-1)  # [N, P, 3]
         members = torch.arange(len(self.names), device=own.device)
         had = (self.seated[..., None] == members) & over[:, None, None]  # [N, P, M]
         return torch.einsum("npm,npv->mv", had.float(), values)
