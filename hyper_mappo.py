@@ -207,10 +207,9 @@ class Args:
     critic_obs: bool = True
     """the critic sees the state and the agent's own observation; without: the state alone, one output per agent"""
 
-    hyper: Literal["none", "delta", "full", "last-layer", "low-rank"] = "delta"
+    hyper: Literal["none", "delta", "full", "last-layer"] = "delta"
     """what the context makes of the actor's weights. none: nothing, plain MAPPO; delta: a sum of learned deltas is
-    added to every layer; full: all weights, no base; last-layer: a delta of the last layer, earlier ones are scaled;
-    low-rank: A(c) B(c) is added to every layer"""
+    added to every layer; full: all weights, no base; last-layer: a delta of the last layer, earlier ones are scaled"""
     hyper_context: Literal["joint", "local", "agent-id"] = "joint"
     """what the context sees. joint: all agents' observations (centralised execution); local: the agent's own (can be
     executed decentrally); agent-id: a learned embedding of who the agent is"""
@@ -226,12 +225,12 @@ class Args:
     """attention heads over agents"""
     hyper_basis: int | None = None
     """how many learned deltas (full: weight sets) the context mixes; context_size: the plain linear head; None: 16,
-    full and low-rank 4"""
+    full 4"""
     hyper_rank: int | None = None
-    """rank of a layer's delta (delta: of each one in the mixture, 0: full); None: delta 1, low-rank 4"""
+    """--hyper delta: rank of each delta in the mixture, 0: full; None: 1"""
     hyper_critic: bool = False
     """extension: the critic's weights are made in the same way, from the state"""
-    match_params: Literal["delta", "full", "last-layer", "low-rank"] | None = None
+    match_params: Literal["delta", "full", "last-layer"] | None = None
     """widen the plain actor (--hyper none) to the number of parameters that this form would have"""
     smooth_coef: float = 0.1
     """weight of the mean squared change of theta between consecutive steps of one episode"""
@@ -264,7 +263,7 @@ class Args:
     """run folder whose policy is only evaluated"""
 
 
-# What numbers must be, so that nothing absurd is trained and nothing breaks after hours. (hyper_rank: see check_form)
+# What numbers must be, so that nothing absurd is trained and nothing breaks after hours.
 LIMITS = {
     "at least 1": (
         lambda x: x >= 1,
@@ -274,7 +273,7 @@ LIMITS = {
     ),
     "at least 0": (
         lambda x: x >= 0,
-        "num_env_procs env_timeout episode_limit eval_episodes learning_rate hyper_learning_rate ent_coef "
+        "hyper_rank num_env_procs env_timeout episode_limit eval_episodes learning_rate hyper_learning_rate ent_coef "
         "final_ent_coef vf_coef smooth_coef align_coef",
     ),
     "more than 0": (lambda x: x > 0, "clip_coef huber_delta max_grad_norm target_kl"),
@@ -556,7 +555,6 @@ class HyperNetwork(nn.Module):
 
     default_basis = 16  # K, what --hyper-basis None stands for
     default_rank: int | None = None  # r, what --hyper-rank None stands for; None: the form has no rank
-    smallest_rank = 1
     learning_rate = 5e-4  # what --hyper-learning-rate None stands for
     has_base = True  # False: everything is generated, there are no base layers
 
@@ -621,7 +619,6 @@ class Delta(HyperNetwork):
     # DEVIATION: a plain linear hypernetwork makes every weight by itself; here deltas lie in a family of K matrices
     # of rank r. (r = 0 with K = context_size is the plain one.)
     default_rank = 1
-    smallest_rank = 0
 
     def build(self, layers, gains, context_size):
         K, r = self.basis, self.rank
@@ -646,9 +643,7 @@ class Delta(HyperNetwork):
     def squared_norms(self, layers, code, previous):
         if not self.rank:
             return norm_and_change(code, previous, basis_gram(self.down, self.basis))
-        up, down = factor_grams(self.up, self.down, self.basis)
-        gram = (up * down).sum((0, 2, 4))  # <U_k V_k, U_l V_l>: [K, K]
-        return norm_and_change(code, previous, gram)
+        return norm_and_change(code, previous, product_gram(self.up, self.down, self.basis))
 
 
 class Full(HyperNetwork):
@@ -726,62 +721,10 @@ class LastLayer(HyperNetwork):
         return norm_and_change(with_one, previous_with_one, gram)
 
 
-class LowRank(HyperNetwork):
-    """W + A(c) B(c), A = sum_k a_k U_k, B = sum_k b_k V_k, both of rank r. Starts at the base actor: U is zero.
-
-    The code is a and b side by side.
-    """
-
-    default_basis = 4
-    default_rank = 4
-
-    def build(self, layers, gains, context_size):
-        K, r = self.basis, self.rank
-        self.beta = layer_init(nn.Linear(context_size, K), 1.0)
-        # Sums and copies over K as products with constants, they are faster so:
-        eye = torch.eye(K)
-        spread = torch.block_diag(eye, eye).repeat_interleave(r, dim=1)  # [2K, 2K*r]
-        sum_and_spread = torch.eye(r).repeat(K, K)  # [K*r, K*r]
-        each_a, each_b = eye.repeat_interleave(K, dim=1), eye.repeat(1, K)  # [K, K*K]
-        pairs = torch.block_diag(each_a, each_b)  # [2K, 2K*K]
-        self.register_buffer("spread", spread, persistent=False)
-        self.register_buffer("sum_and_spread", sum_and_spread, persistent=False)
-        self.register_buffer("pairs", pairs, persistent=False)
-        self.down, self.up = nn.ModuleList(), nn.ParameterList()
-        for layer in layers:
-            self.down.append(make_basis(layer, K * r))  # V [K*r, in + 1]
-            self.up.append(torch.zeros(layer.out_features, K * r))  # U [out, K*r]
-
-    def code(self, context):
-        alpha, beta = self.alpha(context), self.beta(context)
-        return torch.cat([alpha, beta], dim=-1)
-
-    def mix(self, code):
-        """a and b, each number r times: [B, 2K] -> [B, K*r] twice"""
-        return (code @ self.spread).chunk(2, dim=-1)
-
-    def apply_layer(self, i, layer, x, mixture):
-        alpha, beta = mixture
-        y = layer(x)
-        z = (self.down[i](x) * beta) @ self.sum_and_spread  # B(c) x, K times side by side: [B, K*r]
-        return y.addmm_(z * alpha, self.up[i].T)  # in place: y is ours alone
-
-    def squared_norms(self, layers, code, previous):
-        # A(c) B(c) = sum_kl a_k b_l U_k V_l is linear in the products a_k b_l.
-        both = torch.stack([code, previous])  # [2, ..., 2K]
-        alpha, beta = (both @ self.pairs).chunk(2, dim=-1)  # [2, ..., K*K]
-        products, previous_products = (alpha * beta).unbind()  # [..., K*K]
-        up, down = factor_grams(self.up, self.down, self.basis)
-        gram = torch.einsum("xkimj,xlinj->klmn", up, down)  # <U_k V_l, U_m V_n>
-        gram = gram.reshape(self.basis**2, self.basis**2)
-        return norm_and_change(products, previous_products, gram)
-
-
 FORMS: dict[str, type[HyperNetwork]] = {  # the choices of --hyper and --match-params
     "delta": Delta,
     "full": Full,
     "last-layer": LastLayer,
-    "low-rank": LowRank,
 }
 
 
@@ -818,17 +761,14 @@ def basis_gram(bases: Iterable[nn.Linear], K: int) -> Tensor:
     return sum(grams)
 
 
-def factor_grams(up: Iterable[Tensor], down: Iterable[nn.Linear], K: int) -> tuple[Tensor, Tensor]:
-    """u_ki . u_mj and v_li . v_nj of every layer, i and j over the ranks: [layers, K, r, K, r] twice.
-
-    With them <U_k V_l, U_m V_n> = sum_ij (u_ki . u_mj) (v_li . v_nj).
-    """
+def product_gram(up: Iterable[Tensor], down: Iterable[nn.Linear], K: int) -> Tensor:
+    """<U_k V_k, U_l V_l> = sum_ij (u_ki . u_lj) (v_ki . v_lj) over all layers, i and j over the ranks: [K, K]"""
     down_rows = [with_bias(layer) for layer in down]
     down_grams = torch.stack([rows @ rows.T for rows in down_rows])
     up_grams = torch.stack([columns.T @ columns for columns in up])
-    r = down_grams.shape[-1] // K
-    shape = (-1, K, r, K, r)
-    return up_grams.view(shape), down_grams.view(shape)
+    products = up_grams * down_grams  # [layers, K*r, K*r]
+    r = products.shape[-1] // K
+    return products.view(-1, K, r, K, r).sum((0, 2, 4))
 
 
 def quadratic_form(alpha: Tensor, gram: Tensor) -> Tensor:
@@ -1788,15 +1728,8 @@ def generating_form(args: Args) -> str | None:
 def check_form(args: Args) -> None:
     """UsageError for a size that the form cannot have."""
     form = generating_form(args)
-    if form is not None and args.hyper_rank is not None:
-        if FORMS[form].default_rank is None:
-            with_rank = [name for name in FORMS if FORMS[name].default_rank is not None]
-            raise UsageError(
-                f"--hyper-rank would do nothing with --hyper {form}: only {' and '.join(with_rank)} have one"
-            )
-        smallest = FORMS[form].smallest_rank
-        if args.hyper_rank < smallest:
-            raise UsageError(f"--hyper-rank must be at least {smallest} with {form}, got {args.hyper_rank}")
+    if form is not None and args.hyper_rank is not None and FORMS[form].default_rank is None:
+        raise UsageError(f"--hyper-rank would do nothing with --hyper {form}: only delta has one")
     if args.context_size % args.context_heads:
         raise UsageError(f"--context-size {args.context_size} is no multiple of --context-heads {args.context_heads}")
 
@@ -1889,7 +1822,16 @@ def check_sizes(args: Args, world_size: int) -> None:
 
 
 def saved_args(checkpoint: dict, run_dir: str | Path) -> Args:
-    """The Args of a checkpoint. A flag that is younger than it stands as it was before there was a choice."""
+    """The Args of a checkpoint. A flag that is younger than it stands as it was before there was a choice.
+
+    UsageError: the run has a form of generated weights that this version no longer has.
+    """
+    form = checkpoint["args"]["hyper"]
+    if form not in ("none", *FORMS):
+        raise UsageError(
+            f"{run_dir}: this version has no --hyper {form}, which it was trained with: "
+            f"take the version that made it, or train anew with one of {', '.join(FORMS)}"
+        )
     as_before = {"critic_obs": False, "team_spirit": 0.0, "update_epochs": 4, "final_ent_coef": None}
     if individual_kwargs(checkpoint["spec"]["env_id"]):
         as_before["team_spirit"] = 1.0  # the env paid everyone the mean

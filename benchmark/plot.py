@@ -3,9 +3,11 @@
 Per member of a suite: the interquartile mean (IQM) of its seeds' evaluations, and the probability that a run of it is
 better than a run of the baseline, both with 95 % bootstrap intervals (Agarwal et al. 2021, arXiv 2108.13264; their
 package rliable does not import beside the versions of requirements.txt, so its formulas stand here). One table per env
-is printed as markdown. The picture has a row per env: return against env steps, and against time on one core.
+is printed as markdown, with the mean over training beside it: who learns sooner has the larger one. The picture has a
+row per env: return against env steps, and against time on one core; or, with `--picture points`, a point per run.
 
     python benchmark/plot.py pursuit --baseline none --output docs/img/pursuit_curves.png
+    python benchmark/plot.py pursuit-parts stag_hunt-8x8-parts --picture points --output docs/img/parts.png
     python benchmark/plot.py pursuit-rewards stag_hunt-8x8-rewards --baseline "spirit 0, obs"
 """
 
@@ -16,6 +18,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -53,6 +56,8 @@ class Args:
     """folder of the rows and curves"""
     output: Path | None = None
     """the picture; None: only the tables"""
+    picture: Literal["curves", "points"] = "curves"
+    """curves: of training; points: the closing evaluation of each run, for suites of many members and few seeds"""
     window: int = 100_000
     """a point of a curve is the mean over so many env steps before it"""
 
@@ -114,18 +119,25 @@ def column(rows: Rows, name: str) -> Array:
     return np.array([float(row[name]) for row in rows])
 
 
+def mean_over_training(results: Path, row: dict[str, str]) -> float:
+    """The area under the training's curve over env steps, divided by its length."""
+    curve = read_curve(results, row)
+    area = np.trapezoid(curve["return"], curve["env_steps"])
+    return area / (curve["env_steps"][-1] - curve["env_steps"][0])
+
+
 def by_label(rows: Rows, order: list[str]) -> Groups:
     """Rows of each label, in the suite's order; labels without rows are left out."""
     groups = {label: [row for row in rows if row["label"] == label] for label in order}
     return {label: members for label, members in groups.items() if members}
 
 
-def table_lines(groups: Groups, baseline: str) -> list[str]:
+def table_lines(groups: Groups, baseline: str, results: Path) -> list[str]:
     """A markdown table, a line per label."""
     lines = [
         "| | seeds | env steps | return: IQM | 95 % interval | worst ... best seed | better than "
-        f"`{baseline}` | CPU time |",
-        "|---|---|---|---|---|---|---|---|",
+        f"`{baseline}` | mean over training: IQM | CPU time |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     reference = column(groups[baseline], "mean_return") if baseline in groups else None
     for label, rows in groups.items():
@@ -139,7 +151,8 @@ def table_lines(groups: Groups, baseline: str) -> list[str]:
         steps = f"{column(rows, 'env_steps').mean() / 1e6:.2f} M"
         minutes = f"{column(rows, 'cpu_s').mean() / 60:.1f} min"
         cells = [f"`{label}`", str(len(rows)), steps, f"**{mean:.2f}**", f"{low:.2f} ... {high:.2f}"]
-        lines.append("| " + " | ".join([*cells, spread, better, minutes]) + " |")
+        area = iqm(np.array([mean_over_training(results, row) for row in rows]))
+        lines.append("| " + " | ".join([*cells, spread, better, f"{area:.2f}", minutes]) + " |")
     return lines
 
 
@@ -203,6 +216,20 @@ def draw(
     axes[0].legend(fontsize=7, title="(seeds)", title_fontsize=7)
 
 
+def draw_points(axis: plt.Axes, groups: Groups, env_id: str) -> None:
+    """A line per label: its runs as points, their IQM as a bar."""
+    labels = list(groups)
+    for height, label in enumerate(labels):
+        scores = column(groups[label], "mean_return")
+        axis.plot(scores, np.full(len(scores), height), "o", color="tab:blue", alpha=0.6)
+        axis.plot(iqm(scores), height, "|", color="black", markersize=14)
+    names = [f"{label} ({len(groups[label])})" for label in labels]
+    axis.set_yticks(range(len(labels)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="return per agent, closing evaluation", title=f"{env_id} (seeds)")
+    axis.grid(alpha=0.3)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -214,6 +241,9 @@ def read_groups(args: Args) -> dict[str, Groups]:
             raise UsageError(f"unknown suite {suite}: one of {', '.join(SUITES)}")
         rows += read_rows(args.results, suite)
         order += [member.label for member in SUITES[suite] if member.label not in order]
+    # Rows of members that the suite no longer has are shown as well, behind the others.
+    order += [row["label"] for row in rows if row["label"] not in order]
+    order = list(dict.fromkeys(order))
     if args.labels:
         order = [label for label in order if label in args.labels]
     groups = {}
@@ -230,14 +260,22 @@ def main(args: Args) -> None:
     for env_id, of_env in groups.items():
         baseline = args.baseline or next(iter(of_env))
         print(f"\n{env_id}\n")
-        print("\n".join(table_lines(of_env, baseline)))
-    if args.output is None:
-        return
-    size = (12, 4.2 * len(groups))
-    grid = {"figsize": size, "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(len(groups), 2, **grid)
-    for row_of_axes, (env_id, of_env) in zip(axes, groups.items(), strict=True):
-        draw(row_of_axes, of_env, env_id, args)
+        print("\n".join(table_lines(of_env, baseline, args.results)))
+    if args.output is not None:
+        save_picture(groups, args)
+
+
+def save_picture(groups: dict[str, Groups], args: Args) -> None:
+    layout = {"squeeze": False, "layout": "constrained"}
+    if args.picture == "points":
+        height = 1.2 + 0.3 * max(len(of_env) for of_env in groups.values())
+        figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), height), **layout)
+        for axis, (env_id, of_env) in zip(axes[0], groups.items(), strict=True):
+            draw_points(axis, of_env, env_id)
+    else:
+        figure, axes = plt.subplots(len(groups), 2, figsize=(12, 4.2 * len(groups)), **layout)
+        for row_of_axes, (env_id, of_env) in zip(axes, groups.items(), strict=True):
+            draw(row_of_axes, of_env, env_id, args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
     plt.close(figure)

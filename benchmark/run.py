@@ -85,7 +85,6 @@ PARTS = {
     "delta, one for all agents": "--hyper delta --share-delta",
     "delta, sequences of 8": "--hyper delta --chunk-length 8",
     "full": "--hyper full",
-    "low-rank": "--hyper low-rank",
 }
 REWARDS = {
     "spirit 0, obs": "--hyper none --team-spirit 0",

@@ -84,7 +84,7 @@ TASKS = {
         "vmas:discovery",
         "n_agents=5&n_targets=7&agents_per_target=2&targets_respawn=true&shared_reward=true",
     ),
-    "simple_spread": Task("mpe2.simple_spread_v3", num_envs=8, num_steps=125, updates=200),
+    "simple_spread": Task("mpe2.simple_spread_v3", num_envs=8, num_steps=125, updates=100),
 }
 
 

@@ -273,7 +273,22 @@ def test_tables_and_picture(tmp_path, places, monkeypatch, capsys):
     assert "| 4 | 0.00 M | **12.50** |" in lines[0] and "11.00 ... 14.00" in lines[0]
     wins = (1 + 1 + 0.5 + 0 + 1 + 1 + 1 + 0.5) / 8
     assert f"{wins:.2f} (" in lines[1] and "| 2 | 0.00 M | **13.50** |" in lines[1]
+    # Training rises in a straight line from 2 to 12, plus the seed: 7 on average.
+    assert "| 9.50 | 0.0 min |" in lines[0] and "| 10.50 | 0.0 min |" in lines[1]
     assert picture.stat().st_size > 10_000
+
+
+def test_rows_of_a_member_that_was_taken_out_are_still_shown(tmp_path, places, monkeypatch, capsys):
+    use_suite(monkeypatch, {"kept": "--env-id fake", "cut": "--env-id fake --num-steps 1"}, (1, 2))
+    assert run.cli(["tiny", *places]) == 0
+    use_suite(monkeypatch, {"kept": "--env-id fake"}, (1, 2))
+    picture = tmp_path / "points.png"
+    capsys.readouterr()
+    flags = ["--results", str(tmp_path / "results"), "--picture", "points", "--output", str(picture)]
+    assert plot.cli(["tiny", *flags]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == ["kept", "cut"]
+    assert picture.stat().st_size > 5_000
 
 
 def test_plot_without_rows_is_a_usage_error(tmp_path, capsys):

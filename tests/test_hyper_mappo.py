@@ -261,7 +261,6 @@ FLAGS = {  # every form, and every choice of the context
     **{form: {"hyper": form} for form in FORMS},
     "delta, 8 x full": {"hyper": "delta", "hyper_basis": 8, "hyper_rank": 0},
     "delta, 8 x rank 3": {"hyper": "delta", "hyper_basis": 8, "hyper_rank": 3},
-    "low-rank 3": {"hyper": "low-rank", "hyper_rank": 3},
     "local": {"hyper": "delta", "hyper_context": "local"},
     "agent-id": {"hyper": "delta", "hyper_context": "agent-id"},
     "shared": {"hyper": "delta", "share_delta": True},
@@ -278,25 +277,18 @@ def materialised_weights(actor, code):
     hyper, layers = actor.hyper, []
     K, r, form = hyper.basis, hyper.rank, type(hyper)
     scales = hyper.scales if form is hyper_mappo.LastLayer else []
-    alpha, beta = (code, None) if form is not hyper_mappo.LowRank else code.chunk(2, dim=-1)
-    if form is hyper_mappo.LastLayer:
-        alpha = hyper.alpha(code)
+    alpha = hyper.alpha(code) if form is hyper_mappo.LastLayer else code
     for i, layer in enumerate(actor.layers):
         if i < len(scales):
             layers.append(scales[i](code)[..., None] * with_bias(layer))
             continue
         part = i - len(scales)
         rows = with_bias(hyper.down[part])
-        if form is hyper_mappo.LowRank:
-            up = torch.einsum("...k,okr->...or", alpha, hyper.up[part].unflatten(1, (K, r)))
-            down = torch.einsum("...k,kri->...ri", beta, rows.view(K, r, -1))
-            delta = up @ down
-        else:
-            basis = rows.view(K, -1, rows.shape[1])
-            if r:
-                ups = hyper.up[part].unflatten(1, (K, r))
-                basis = torch.stack([ups[:, k] @ basis[k] for k in range(K)])
-            delta = torch.einsum("...k,koi->...oi", alpha, basis)
+        basis = rows.view(K, -1, rows.shape[1])
+        if r:
+            ups = hyper.up[part].unflatten(1, (K, r))
+            basis = torch.stack([ups[:, k] @ basis[k] for k in range(K)])
+        delta = torch.einsum("...k,koi->...oi", alpha, basis)
         layers.append(delta if layer is None else with_bias(layer) + delta)
     return layers
 
@@ -378,7 +370,7 @@ def test_a_partner_is_part_of_the_shared_context_of_the_step_before():
 
 
 @pytest.mark.parametrize("history", ["none", "gru", "lstm"])
-@pytest.mark.parametrize("form", ["delta", "last-layer", "low-rank"])
+@pytest.mark.parametrize("form", ["delta", "last-layer"])
 def test_hypernetwork_starts_at_the_base_actor_and_then_matters(form, history):
     torch.manual_seed(0)
     actor = Actor(spec(), Args(**TINY, hyper=form, history=history))
@@ -847,6 +839,17 @@ def test_a_run_from_before_team_spirit_and_critic_obs_goes_on_as_it_was(tmp_path
     assert metrics(old) == metrics(whole)
     state, obs = torch.rand(2, 8, 8, 3), torch.rand(2, 3, 7, 7, 3)
     assert load_critic(old)(state, obs).shape == (2, 3)
+
+
+def test_a_run_of_a_form_that_is_gone_is_refused_in_one_line(tmp_path, capsys):
+    run_dir = run(tmp_path, env_id="pursuit", env_kwargs=SMALL_PURSUIT, total_timesteps=32)
+    checkpoint = load_checkpoint(run_dir)
+    checkpoint["args"]["hyper"] = "low-rank"
+    runs.save_checkpoint(checkpoint, run_dir / "latest.pt")
+    for name in ("--resume", "--evaluate", "--init-from"):
+        assert cli([name, str(run_dir)]) == 2
+        error = capsys.readouterr().err
+        assert "has no --hyper low-rank" in error and error.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------ envs
@@ -1525,7 +1528,6 @@ def test_new_bad_arguments_end_in_one_line(tmp_path, capsys):
         (["--hyper", "full", "--hyper-rank", "2"], "--hyper-rank would do nothing with --hyper full"),
         (["--no-share-parameters"], "give it --hyper none"),
         (["--no-share-parameters", "--hyper", "none", "--match-params", "delta"], "without --actor-context"),
-        (["--hyper", "low-rank", "--hyper-rank", "0"], "at least 1"),
         (["--hyper", "none", "--share-delta"], "--share-delta would do nothing"),
         (["--hyper", "none", "--context-size", "8"], "unless --actor-context"),
         (["--hyper", "delta", "--actor-context"], "--actor-context would do nothing with --hyper delta"),
@@ -1652,7 +1654,7 @@ def test_choices_of_the_flags_are_the_table_of_forms():
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"hyper": "low-rank"}, {"hyper": "last-layer", "partners": ("stay:1",)}, {"hyper": "none"}],
+    [{}, {"hyper": "full"}, {"hyper": "last-layer", "partners": ("stay:1",)}, {"hyper": "none"}],
     ids=str,
 )
 def test_args_json_alone_repeats_the_run(tmp_path, monkeypatch, flags):
