@@ -22,7 +22,6 @@ import interrupts  # noqa: F401
 import functools
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,8 +42,9 @@ import hyper_mappo
 import pretrain_vae
 import runs
 from dataset import ego_order, load_dataset
-from envs import EnvStep, ObsSpec, VecEnv, check_env, describe_obs, make_vec_env, stag_hunt
-from envs.players import Partners, parse_partners, same_rules, script_names, script_probs
+from envs import EnvStep, ObsSpec, VecEnv, check_env, describe_obs, make_vec_env
+from envs.grid_game import GridVecEnv
+from envs.players import Partners, parse_partners, same_rules, script_names, script_probs, scripted_game
 from hyper_mappo import Policy, load_critic, make_policy
 from opponent_samples import Samples, relative_cells
 from pretrain_vae import VAE, load_vae
@@ -323,7 +323,7 @@ class LearnedWorld:
 
 
 class TrueWorld:
-    """The stag hunt itself, put into the position that a view shows. (Others can offer the same two methods.)"""
+    """A grid game itself, put into the position that a view shows. (Others can offer the same two methods.)"""
 
     def __init__(
         self,
@@ -332,19 +332,23 @@ class TrueWorld:
         eyes: Eyes,
     ):
         self.eyes = eyes
-        options = getattr(env, "options", None)
-        if options is None and env.env_id in stag_hunt.PRESETS:
-            options = {**stag_hunt.preset_options(env.env_id), **env_kwargs}
-        is_known = re.fullmatch(stag_hunt.ENV_ID, env.env_id) and eyes.whole_map
-        if not is_known or options is None:
-            raise UsageError(f"--world true expected a stag hunt without view, got {env.env_id}: use --world learned")
-        self.make = lambda size: stag_hunt.StagHuntVecEnv(size, env.device, 0, **options)
+        game = scripted_game(env.env_id)
+        is_batched = isinstance(env, GridVecEnv)
+        is_preset = game is not None and env.env_id in game.PRESETS
+        if not eyes.whole_map or not (is_batched or is_preset):
+            raise UsageError(
+                f"--world true expected a stag hunt or snowdrift without view, got {env.env_id}: use --world learned"
+            )
+        if is_batched:
+            self.make = lambda size: type(env)(size, env.device, 0, **env.options)
+        else:
+            self.make = lambda size: make_vec_env(env.env_id, size, env.device, 0, "batched", **env_kwargs)
         self.copies = self.make(1)
 
     def positions(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """Own views [B, H, W, P] -> cells [B, K] and alive [B, K] of all bodies, as set_positions takes them.
 
-        Prey that was caught is put on cells of its own: where it was no longer matters.
+        Items that are gone are put on cells of their own: where they were no longer matters.
         """
         options, A = self.copies.options, self.eyes.num_agents
         flat = views.flatten(1, 2).long()  # [B, HW, P]
@@ -353,7 +357,8 @@ class TrueWorld:
         place = agents.argmax(1)
         cells = [torch.where(there, place, place[:, :1])]  # who left must not stand in a block
         alive = [there]
-        numbers = (options["num_blocks"], options["num_stags"], options["num_hares"])
+        kinds = ("block", *self.copies.items)
+        numbers = [options[f"num_{kind}s"] for kind in kinds]
         taken = flat[..., A:].any(-1).long()  # [B, HW]
         for plane, number in enumerate(numbers, A):
             seen = flat[..., plane]  # [B, HW]

@@ -13,6 +13,7 @@ from collect_data import Args as CollectArgs
 from collect_data import main as collect_main
 from dataset import ego_order
 from envs import describe_obs, make_vec_env
+from envs.snowdrift import SnowdriftVecEnv
 from envs.stag_hunt import HUNT_HARE, HUNT_STAG, STAY, StagHuntVecEnv
 
 LEFT, RIGHT = 2, 3
@@ -124,6 +125,25 @@ def test_the_true_world_is_the_game():
     assert torch.equal(views[stays, 0], after.final_obs[rows, seat][stays])
     left = after.terminations[rows][:, order]
     assert torch.equal(still[stays], (active & ~left)[stays])
+
+
+def test_the_true_world_is_snowdrift_too():
+    env = SnowdriftVecEnv(300, "cpu", 3)
+    step = play_random(env, 8)
+    order = ego_order(4)[2]
+    world = plan.TrueWorld(env, {}, eyes_of(env))
+    seen = world.look(step.obs[:, 2:3])
+    everyone = torch.ones(300, 4, dtype=torch.bool)
+    assert torch.equal(world.masks(seen, everyone), step.action_mask[:, order])
+    legal = step.action_mask.float().flatten(0, 1)
+    actions = torch.multinomial(legal, 1).view(300, 4)
+    after = env.step(actions)
+    views, reward, done, still = world.step(seen, actions[:, order], everyone)
+    assert torch.equal(reward, after.rewards[:, 2]) and 0 < (reward != 0).float().mean() < 1
+    assert torch.equal(done, after.terminations[:, 2]) and not done.all()
+    assert torch.equal(views[:, 0], after.final_obs[:, 2]) and still.all()
+    genuine = make_vec_env("snowdrift-4x4-6d", 2, "cpu", 1, "pettingzoo")
+    assert plan.TrueWorld(genuine, {"max_cycles": 9}, eyes_of(genuine)).copies.options["max_cycles"] == 9
 
 
 def test_the_learned_world_agrees_with_the_world_model(folders):
@@ -625,6 +645,7 @@ def test_trained_policies_and_critics_serve_too(folders, tmp_path):
         (["--env-kwargs", '{"num_blocks": 2}'], "trained with num_blocks 0, but .* has num_blocks 2"),
         (["--env-kwargs", '{"num_hares": 2}'], "trained with num_hares 4, but .* has num_hares 2"),
         (["--env-kwargs", "null"], "--env-kwargs"),
+        (["--env-kwargs", '{"view": 3}', "--joint-obs", "--world", "true", "--opponents", "true"], "without view"),
         (["--method", "one-step"], "--method one-step expected values"),
         (["--scripts", "nearest_dog"], "--scripts expected"),
         (["--opponents", "true", "--subgoals", "2"], "--subgoals are the MOA's"),
