@@ -47,6 +47,7 @@ from runs import UsageError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = "setting response mix episodes seed mean_return interval_95 machine date".split()
+SOLVED_COLUMNS = "setting layouts seed oracle with_memory unaware unaware_no_clock machine date".split()
 
 
 @dataclass(frozen=True)
@@ -751,6 +752,8 @@ class Args:
     """CPU threads of torch; None: torch's default"""
     out: str = field(default=str(RESULTS / "adaptation_gap.csv"))
     """where rows are appended (not those of a search)"""
+    solved_out: str = str(RESULTS / "adaptation_solved.csv")
+    """where rows of solved hunts are appended"""
 
 
 def search(args: Args, measured: Callable[[Setting], Gap]) -> None:
@@ -779,6 +782,17 @@ def solve(args: Args) -> None:
         remembers = solved.with_memory()
         texts.insert(1, "" if remembers is None else f"{setting.shares @ remembers:.3f}")
         print(f"| {setting.name} | {' | '.join(texts + shares)} |", flush=True)
+        keep_solved([setting.name, args.layouts, args.seed, *texts], Path(args.solved_out))
+
+
+def keep_solved(row: list[Any], path: Path) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(SOLVED_COLUMNS)
+        machine = platform.processor() or platform.machine()
+        writer.writerow([*row, machine, time.strftime("%Y-%m-%d")])
 
 
 def main(args: Args) -> None:
