@@ -787,12 +787,13 @@ def solve(args: Args) -> None:
 
 def keep_solved(row: list[Any], path: Path) -> None:
     is_new = not path.exists()
+    machine = platform.processor() or platform.machine()
+    row += [machine, time.strftime("%Y-%m-%d")]
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if is_new:
             writer.writerow(SOLVED_COLUMNS)
-        machine = platform.processor() or platform.machine()
-        writer.writerow([*row, machine, time.strftime("%Y-%m-%d")])
+        writer.writerow(row)
 
 
 def main(args: Args) -> None:

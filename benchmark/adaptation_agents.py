@@ -181,7 +181,8 @@ class Place:
 
     def folder(self, job: str) -> Path:
         """An absolute path, because scripts run in the folder of the repository."""
-        return (self.args.runs_dir / self.setting.name / str(self.seed) / safe_name(job)).resolve()
+        of_seed = self.args.runs_dir / self.setting.name / str(self.seed)
+        return (of_seed / safe_name(job)).resolve()
 
     def made(self, job: str) -> Path | None:
         """The run folder or dataset of a finished job, None before that."""
@@ -314,7 +315,12 @@ def append(path: Path, columns: list[str], row: dict[str, Any]) -> None:
         table.writerow(row)
 
 
-def is_played(rows: list[dict[str, str]], agent: str, place: Place, mix: tuple[str, ...]) -> bool:
+def is_played(
+    rows: list[dict[str, str]],
+    agent: str,
+    place: Place,
+    mix: tuple[str, ...],
+) -> bool:
     """Whether there is a row of that agent, trained with that seed for so many steps, against that mix."""
     wanted = {
         "setting": place.setting.name,
@@ -377,7 +383,8 @@ def train_on(place: Place) -> None:
     """The self-play policy, trained on against each partner by itself: env steps to ENOUGH of the best response."""
     args, setting = place.args, place.setting
     path = args.results / "adaptation_steps.csv"
-    best = measure(setting, default_responses(setting.env_id), args.episodes, place.seed).means.amax(0)  # [M]
+    gap = measure(setting, default_responses(setting.env_id), args.episodes, place.seed)
+    best = gap.means.amax(0)  # [M]
     for mix, most in zip(setting.mixes, best.tolist(), strict=True):
         wanted = {"setting": setting.name, "mix": " ".join(mix), "training_seed": str(place.seed)}
         if any(wanted.items() <= row.items() for row in read_rows(args.results, "adaptation_steps")):
@@ -421,9 +428,11 @@ def as_table(setting: Setting, rows: list[dict[str, str]]) -> str:
         f"| {setting.name} | env steps | seeds | {mixes} | mean |",
         "|---|---:|---:|" + "---:|" * (len(setting.mixes) + 1),
     ]
-    kinds = dict.fromkeys((row["agent"], int(row["env_steps"])) for row in rows)
-    for agent, steps in kinds:
-        mine = [row for row in rows if (row["agent"], int(row["env_steps"])) == (agent, steps)]
+    by_kind: dict[tuple[str, int], list[dict[str, str]]] = {}
+    for row in rows:
+        kind = row["agent"], int(row["env_steps"])
+        by_kind.setdefault(kind, []).append(row)
+    for (agent, steps), mine in by_kind.items():
         seeds = means_by_seed(mine, setting)
         if not seeds:
             continue

@@ -7,6 +7,7 @@ Partners play `--partners`; their steps and the env's are not counted.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -89,6 +90,9 @@ def measure(args: Args, method: str, partners: str) -> None:
     clock.watch(planner.world, "masks", "legal actions")
     clock.watch(planner.opponents, "logits", "model of other agents")
     clock.watch(planner, "own_logits", "base policies")
+    if planner.strangers is not None:
+        for name in ("counts", "probs"):
+            clock.watch(planner.strangers, name, "strangers")
     torch.manual_seed(1)
     step, memory = env.reset(1), planner.initial_state(args.num_envs)
     for t in range(args.steps + 1):
@@ -96,9 +100,11 @@ def measure(args: Args, method: str, partners: str) -> None:
             clock.cpu, clock.wall = {}, {}
             planner.decisions = 0
         before = step
-        actions, memory = clock.time("all", lambda s=before, m=memory: planner.act(s, m))
+        decide = functools.partial(planner.act, before, memory)
+        actions, memory = clock.time("all", decide)
         actions = table.play(step, actions)
-        memory = clock.time("all", lambda s=before, a=actions, m=memory: planner.remember(s, a, m))
+        remember = functools.partial(planner.remember, before, actions, memory)
+        memory = clock.time("all", remember)
         step = env.step(actions)
     print(f"{method}, {partners}: {planner.decisions} decisions")
     for label in clock.cpu:
