@@ -108,8 +108,9 @@ def mean_and_interval(values: list[float]) -> str:
     mean = np.mean(values)
     if len(values) < 2:
         return f"{mean:.2f}"
-    half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{mean:.2f} ± {half:.2f}"
+    quantile = student_t.ppf(0.975, len(values) - 1)
+    error_of_mean = np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{mean:.2f} ± {quantile * error_of_mean:.2f}"
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -122,14 +123,19 @@ def column(rows: Rows, name: str) -> Array:
 def mean_over_training(results: Path, row: dict[str, str]) -> float:
     """The area under the training's curve over env steps, divided by its length."""
     curve = read_curve(results, row)
-    area = np.trapezoid(curve["return"], curve["env_steps"])
-    return area / (curve["env_steps"][-1] - curve["env_steps"][0])
+    steps = curve["env_steps"]
+    length = steps[-1] - steps[0]
+    return np.trapezoid(curve["return"], steps) / length
 
 
 def by_label(rows: Rows, order: list[str]) -> Groups:
     """Rows of each label, in the suite's order; labels without rows are left out."""
-    groups = {label: [row for row in rows if row["label"] == label] for label in order}
-    return {label: members for label, members in groups.items() if members}
+    groups = {}
+    for label in order:
+        members = [row for row in rows if row["label"] == label]
+        if members:
+            groups[label] = members
+    return groups
 
 
 def table_lines(groups: Groups, baseline: str, results: Path) -> list[str]:
@@ -150,9 +156,19 @@ def table_lines(groups: Groups, baseline: str, results: Path) -> list[str]:
         spread = f"{scores.min():.2f} ... {scores.max():.2f}"
         steps = f"{column(rows, 'env_steps').mean() / 1e6:.2f} M"
         minutes = f"{column(rows, 'cpu_s').mean() / 60:.1f} min"
-        cells = [f"`{label}`", str(len(rows)), steps, f"**{mean:.2f}**", f"{low:.2f} ... {high:.2f}"]
-        area = iqm(np.array([mean_over_training(results, row) for row in rows]))
-        lines.append("| " + " | ".join([*cells, spread, better, f"{area:.2f}", minutes]) + " |")
+        areas = [mean_over_training(results, row) for row in rows]
+        cells = [
+            f"`{label}`",
+            str(len(rows)),
+            steps,
+            f"**{mean:.2f}**",
+            f"{low:.2f} ... {high:.2f}",
+            spread,
+            better,
+            f"{iqm(np.array(areas)):.2f}",
+            minutes,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -167,7 +183,8 @@ def read_curve(results: Path, row: dict[str, str]) -> Curve:
     with open(results / row["curve"], newline="", encoding="utf-8") as file:
         points = list(csv.DictReader(file))
     curve = {name: column(points, name) for name in CURVE_COLUMNS}
-    curve["minutes"] = curve["wall_s"] / curve["wall_s"][-1] * float(row["cpu_s"]) / 60
+    share = curve["wall_s"] / curve["wall_s"][-1]
+    curve["minutes"] = share * float(row["cpu_s"]) / 60
     return curve
 
 
@@ -221,7 +238,8 @@ def draw_points(axis: plt.Axes, groups: Groups, env_id: str) -> None:
     labels = list(groups)
     for height, label in enumerate(labels):
         scores = column(groups[label], "mean_return")
-        axis.plot(scores, np.full(len(scores), height), "o", color="tab:blue", alpha=0.6)
+        heights = np.full(len(scores), height)
+        axis.plot(scores, heights, "o", color="tab:blue", alpha=0.6)
         axis.plot(iqm(scores), height, "|", color="black", markersize=14)
     names = [f"{label} ({len(groups[label])})" for label in labels]
     axis.set_yticks(range(len(labels)), names, fontsize=8)
@@ -248,8 +266,10 @@ def read_groups(args: Args) -> dict[str, Groups]:
         order = [label for label in order if label in args.labels]
     groups = {}
     for env_id in dict.fromkeys(row["env_id"] for row in rows):
-        groups[env_id] = by_label([row for row in rows if row["env_id"] == env_id], order)
-    groups = {env_id: of_env for env_id, of_env in groups.items() if of_env}
+        rows_of_env = [row for row in rows if row["env_id"] == env_id]
+        of_env = by_label(rows_of_env, order)
+        if of_env:
+            groups[env_id] = of_env
     if not groups:
         raise UsageError(f"no rows of {', '.join(args.suites)} in {args.results}: run benchmark/run.py first")
     return groups
@@ -266,16 +286,20 @@ def main(args: Args) -> None:
 
 
 def save_picture(groups: dict[str, Groups], args: Args) -> None:
-    layout = {"squeeze": False, "layout": "constrained"}
-    if args.picture == "points":
-        height = 1.2 + 0.3 * max(len(of_env) for of_env in groups.values())
-        figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), height), **layout)
-        for axis, (env_id, of_env) in zip(axes[0], groups.items(), strict=True):
-            draw_points(axis, of_env, env_id)
+    points = args.picture == "points"
+    if points:
+        most_labels = max(len(of_env) for of_env in groups.values())
+        shape = 1, len(groups)
+        size = 6 * len(groups), 1.2 + 0.3 * most_labels
     else:
-        figure, axes = plt.subplots(len(groups), 2, figsize=(12, 4.2 * len(groups)), **layout)
-        for row_of_axes, (env_id, of_env) in zip(axes, groups.items(), strict=True):
-            draw(row_of_axes, of_env, env_id, args)
+        shape = len(groups), 2
+        size = 12, 4.2 * len(groups)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for i, env_id in enumerate(groups):
+        if points:
+            draw_points(axes[0, i], groups[env_id], env_id)
+        else:
+            draw(axes[i], groups[env_id], env_id, args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
     plt.close(figure)
