@@ -1,12 +1,13 @@
 """Milliseconds per decision of plan.py and where they go, by the clock and in CPU time, in a batch of envs.
 
-    python benchmark/plan_speed.py --world-model runs/WM --opponents runs/CVAE --num-threads 2
+    python benchmark/plan_speed.py --world-model runs/WM --opponents runs/CVAE --num-threads 2 --no-busy
 
-Partners play `--partners`; their steps and the env's are not counted.
+Partners play `--partners`; their steps and the env's are not counted. Rows go to benchmark/results/plan_speed.csv.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import sys
 import time
@@ -20,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plan  # noqa: E402
+from benchmark.run import RESULTS, describe_machine  # noqa: E402
 from envs import make_vec_env  # noqa: E402
 
 
@@ -45,6 +47,10 @@ class Args:
     """H of plan.py"""
     num_threads: int = 1
     """CPU threads of torch"""
+    busy: bool = True
+    """whether other programs shared the cores: noted beside what is measured"""
+    out: Path = RESULTS / "plan_speed.csv"
+    """where rows are appended"""
 
 
 class Clock:
@@ -111,6 +117,37 @@ def measure(args: Args, method: str, partners: str) -> None:
         cpu = 1000 * clock.cpu[label] / planner.decisions
         wall = 1000 * clock.wall[label] / planner.decisions
         print(f"  {label:24}{cpu:10.2f} {wall:10.2f}")
+        keep(args, method, partners, label, cpu, wall)
+
+
+def keep(
+    args: Args,
+    method: str,
+    partners: str,
+    part: str,
+    cpu: float,
+    wall: float,
+) -> None:
+    """Appends a row."""
+    row = {
+        "env_id": args.env_id,
+        "partners": partners,
+        "method": method,
+        "part": part,
+        "cpu_ms": f"{cpu:.2f}",
+        "clock_ms": f"{wall:.2f}",
+        "num_envs": args.num_envs,
+        "num_threads": args.num_threads,
+        "cores": "shared" if args.busy else "quiet",
+        "machine": describe_machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    is_new = not args.out.is_file()
+    with open(args.out, "a", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(row))
+        if is_new:
+            table.writeheader()
+        table.writerow(row)
 
 
 def main(args: Args) -> None:
