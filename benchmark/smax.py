@@ -1,4 +1,4 @@
-"""SMAX: a recurrent MAPPO of ours beside JaxMARL's, at equal env steps and of equal width.
+"""SMAX: plain MAPPO of ours beside JaxMARL's recurrent one, at equal env steps and of equal width.
 
     python benchmark/smax.py run --seeds 1 2 3                                           # ours
     python benchmark/smax.py run --jaxmarl-python jaxmarl-venv/bin/python --clone JaxMARL    # theirs
@@ -27,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import run
 from benchmark.plot import mean_and_interval
 from benchmark.simulators import end_and_area
-from runs import UsageError, command_line, read_metrics
+from runs import UsageError, command_line, read_metrics, safe_name
 
-OURS, THEIRS = "ours", "JaxMARL"
+OURS, OURS_WITH_MEMORY, THEIRS = "ours", "ours, memory", "JaxMARL"
 # JaxMARL's: 128 envs x 128 steps, networks of 128, 4 epochs of 4 minibatches, learning rate 2e-3 that falls to 0, no
-# entropy bonus, gradients clipped at 0.25. A context of the agent's own observations is the recurrent actor.
+# entropy bonus, gradients clipped at 0.25. Theirs has a memory, ours has none unless --memory asks for it.
 RECIPE = (
-    "--hyper none --actor-context --hyper-context local --context-size 128 --chunk-length 32 "
-    "--num-envs 128 --num-steps 128 --update-epochs 4 --num-minibatches 4 "
-    "--learning-rate 2e-3 --hyper-learning-rate 2e-3 --anneal-lr --ent-coef 0 --final-ent-coef 0 --max-grad-norm 0.25"
+    "--hyper none --num-envs 128 --num-steps 128 --update-epochs 4 --num-minibatches 4 "
+    "--learning-rate 2e-3 --anneal-lr --ent-coef 0 --final-ent-coef 0 --max-grad-norm 0.25"
 )
+# A context of the agent's own observations makes a recurrent actor.
+MEMORY = "--actor-context --hyper-context local --context-size 128 --chunk-length 32 --hyper-learning-rate 2e-3"
 COLUMNS = (
     "scenario label seed command versions machine date env_steps cpu_s won_at_end won_over_training evaluated curve"
 ).split()
@@ -50,6 +51,8 @@ class Args:
     """interpreter of a virtual environment for benchmark/jaxmarl_mappo.py: runs their side; None: ours"""
     clone: Path | None = None
     """a clone of github.com/FLAIROx/JaxMARL, for their side"""
+    memory: bool = False
+    """give our actor a memory"""
     scenario: str = "3m"
     """a map of SMAX"""
     total_timesteps: int = 500_000
@@ -95,8 +98,9 @@ def watch(words: list[str | Path]) -> tuple[str, float]:
 
 def train_ours(args: Args, seed: int) -> Trained:
     """hyper_mappo.py with RECIPE, evaluated on 256 episodes."""
+    recipe = f"{RECIPE} {MEMORY}" if args.memory else RECIPE
     flags = (
-        f"--env-id 'jaxmarl:SMAX?scenario={args.scenario}' {RECIPE} --total-timesteps {args.total_timesteps} "
+        f"--env-id 'jaxmarl:SMAX?scenario={args.scenario}' {recipe} --total-timesteps {args.total_timesteps} "
         f"--eval-episodes 256 {run.ONE_THREAD} --seed {seed}"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +135,7 @@ def keep(args: Args, label: str, seed: int, trained: Trained) -> dict:
     """Writes the curve and the row, in place of an earlier one of its scenario, label and seed."""
     env_steps = trained.points[-1][0]
     at_end, over_training = end_and_area(trained.points, env_steps)
-    curve = f"curves/simulators_smax__{args.scenario}__{label}__{seed}.csv"
+    curve = f"curves/simulators_smax__{args.scenario}__{safe_name(label)}__{seed}.csv"
     lines = [dict(zip(CURVE_COLUMNS, point, strict=True)) for point in trained.points]
     run.write_rows(args.results / curve, CURVE_COLUMNS, lines)
     row = {
@@ -157,6 +161,8 @@ def keep(args: Args, label: str, seed: int, trained: Trained) -> dict:
 
 def run_side(args: Args) -> int:
     label, train = OURS, train_ours
+    if args.memory:
+        label = OURS_WITH_MEMORY
     if args.jaxmarl_python is not None:
         label, train = THEIRS, train_theirs
         if args.clone is None:
