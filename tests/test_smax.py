@@ -33,13 +33,16 @@ def fake_python(tmp_path):
     return path
 
 
-def test_the_recipe_is_valid_and_has_their_sizes():
+@pytest.mark.parametrize("memory", ["", smax.MEMORY], ids=["plain", "memory"])
+def test_the_recipe_is_valid_and_has_their_sizes(memory):
     pytest.importorskip("jaxmarl", reason="pip install -r requirements-jaxmarl.txt")
-    words = shlex.split(f"--env-id 'jaxmarl:SMAX?scenario=3m' {smax.RECIPE}")
+    words = shlex.split(f"--env-id 'jaxmarl:SMAX?scenario=3m' {smax.RECIPE} {memory}")
     args = tyro.cli(hyper_mappo.Args, args=words)
     hyper_mappo.check_args(args, torch.device("cpu"))
-    assert (args.num_envs, args.num_steps, args.hidden_size, args.context_size) == (128, 128, 128, 128)
-    assert args.hyper == "none" and args.hyper_context == "local"  # no hypernetwork, decentral execution
+    assert (args.num_envs, args.num_steps, args.hidden_size) == (128, 128, 128)
+    assert args.hyper == "none"
+    if memory:
+        assert args.context_size == 128 and args.hyper_context == "local"  # decentral execution
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script with a #! line")
