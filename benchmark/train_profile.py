@@ -47,6 +47,10 @@ class Args:
     """forms to look at"""
     updates: int = 11
     """updates, the first of which is not counted"""
+    update_epochs: int | None = None
+    """passes over each rollout; None: hyper_mappo.py's"""
+    num_minibatches: int | None = None
+    """minibatches per pass; None: hyper_mappo.py's"""
     seed: int = 1
     """of envs and networks"""
 
@@ -87,8 +91,16 @@ def profile(hyper: str, args: Args) -> dict[str, float]:
         for owner, name, part in TIMED:
             function = timed(part, getattr(owner, name))
             patches.enter_context(mock.patch.object(owner, name, function))
-        fields = {"env_id": args.env_id, "hyper": hyper, "seed": args.seed, "update_threads": 1}
-        flags = hyper_mappo.Args(**fields, runs_dir=folder, eval_episodes=0)
+        flags = hyper_mappo.Args(
+            env_id=args.env_id,
+            hyper=hyper,
+            seed=args.seed,
+            update_epochs=args.update_epochs,
+            num_minibatches=args.num_minibatches,
+            update_threads=1,
+            runs_dir=folder,
+            eval_episodes=0,
+        )
         resolved, _ = hyper_mappo.check_args(flags, get_device(flags.cuda))
         total_timesteps = args.updates * resolved.num_envs * resolved.num_steps
         start = time.perf_counter()
