@@ -1,11 +1,14 @@
-"""End-to-end training speed on pursuit: hyper_mappo.py beside BenchMARL's MAPPO and a CleanRL-style loop.
+"""End-to-end training speed: hyper_mappo.py beside BenchMARL's MAPPO and, on pursuit, a CleanRL-style loop.
 
 Env-steps per second of rollout, update and logging, the first update (start-up) left out. Sides in turn, each time in
 a process of its own, `rounds` times over; medians. All have the same rollout size, epochs, minibatches and hidden
-layers. Ours steps the batched twin; the others, and `none-genuine` (our plain MAPPO), the genuine env in processes.
+layers. Ours steps the batched twin of pursuit; the others, and `none-genuine` (our plain MAPPO), the genuine env in
+processes. On VMAS ours and BenchMARL step the same batch of envs.
 
     python benchmark/train_speed.py --benchmarl-python benchmarl-venv/bin/python     # 2 cores, 20 minutes
     python benchmark/train_speed.py --sides none delta --rounds 5 --memory-sizes     # only these, no memory check
+    python benchmark/train_speed.py --task balance --sides benchmarl none --memory-sizes \
+        --benchmarl-python benchmarl-venv/bin/python
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, from anywhere
 import hyper_mappo
 from benchmark import cleanrl_style
+from benchmark.simulators import TASKS
 from envs import make_vec_env
 from runs import UsageError, command_line, flag, read_metrics
 
@@ -46,6 +50,8 @@ Results = dict[str, list[dict]]  # of every side, a measurement per round
 
 @dataclass
 class Args:
+    task: str = "pursuit"
+    """pursuit, or a VMAS task of benchmark/simulators.py: balance, navigation, transport, discovery"""
     sides: tuple[str, ...] = SIDES
     """what to measure: peers, hyper forms, the control actor-context, none-genuine (plain, on the peers' envs)"""
     benchmarl_python: Path | None = None
@@ -114,10 +120,14 @@ def train_benchmarl(python: Path | None, fields: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def on_vmas(args: Args) -> bool:
+    return args.task != "pursuit"
+
+
 def our_fields(side: str, args: Args, num_envs: int, num_steps: int, updates: int) -> dict:
     """The hyper_mappo.Args of one of our sides."""
     fields = {name: getattr(args, name) for name in SHARED}
-    fields["env_id"] = "pursuit"
+    fields["env_id"] = TASKS[args.task].env_id if on_vmas(args) else "pursuit"
     fields["backend"] = "pettingzoo" if side in GENUINE else "batched"
     fields["num_envs"] = num_envs
     fields["num_steps"] = num_steps
@@ -130,11 +140,14 @@ def our_fields(side: str, args: Args, num_envs: int, num_steps: int, updates: in
 def measure(side: str, args: Args) -> dict:
     if side not in GENUINE:
         return in_new_process(side, our_fields(side, args, args.num_envs, args.num_steps, args.updates))
+    fields = {name: getattr(args, name) for name in SHARED} | {"updates": args.peer_updates}
+    if on_vmas(args):  # side is BenchMARL: its batch is ours
+        fields |= {"task": TASKS[args.task].theirs, "num_envs": args.num_envs, "num_steps": args.num_steps}
+        return train_benchmarl(args.benchmarl_python, fields)
     num_steps = args.num_envs * args.num_steps // args.peer_envs
     if side == "none-genuine":
         return in_new_process(side, our_fields(side, args, args.peer_envs, num_steps, args.peer_updates))
-    fields = {"num_envs": args.peer_envs, "num_steps": num_steps, "updates": args.peer_updates}
-    fields |= {name: getattr(args, name) for name in SHARED}
+    fields |= {"num_envs": args.peer_envs, "num_steps": num_steps}
     if side == "benchmarl":
         return train_benchmarl(args.benchmarl_python, fields)
     return in_new_process(side, fields | {"num_cpus": os.cpu_count()})
@@ -144,8 +157,9 @@ def multiplications(side: str, args: Args) -> float:
     """Multiply-adds per agent sample as hyper_mappo.py counts them; nan: on the genuine env, or not counted."""
     if side in GENUINE:
         return math.nan
-    spec = hyper_mappo.env_spec(make_vec_env("pursuit", 1, torch.device("cpu"), args.seed, "batched"))
-    return hyper_mappo.count_multiplications(spec, hyper_mappo.Args(**our_fields(side, args, 1, 1, 1)))
+    fields = our_fields(side, args, 1, 1, 1)
+    spec = hyper_mappo.env_spec(make_vec_env(fields["env_id"], 2, torch.device("cpu"), args.seed, "batched"))
+    return hyper_mappo.count_multiplications(spec, hyper_mappo.Args(**fields))
 
 
 def speed_ratio(results: Results, above: str, below: str) -> float:
@@ -204,6 +218,11 @@ def check_args(args: Args) -> None:
     unknown = [side for side in args.sides if side not in SIDES]
     if unknown:
         raise UsageError(f"unknown side {', '.join(unknown)}: choose from {', '.join(SIDES)}")
+    tasks = ["pursuit", *(name for name, task in TASKS.items() if task.theirs.startswith("vmas:"))]
+    if args.task not in tasks:
+        raise UsageError(f"unknown task {args.task}: choose from {', '.join(tasks)}")
+    if on_vmas(args) and {"cleanrl-style", "none-genuine"} & set(args.sides):
+        raise UsageError("cleanrl-style and none-genuine are of pursuit: give --sides without them, as benchmarl none")
     if min(args.updates, args.peer_updates) < 2:
         raise UsageError("--updates and --peer-updates must be at least 2: the first update is not counted")
 
@@ -212,7 +231,8 @@ def main(args: Args) -> None:
     check_args(args)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}, seed {args.seed}")
-    print(f"rollout  {args.num_envs} x {args.num_steps} env steps, as many on {args.peer_envs} genuine envs")
+    genuine = "" if on_vmas(args) else f", as many on {args.peer_envs} genuine envs"
+    print(f"rollout  {args.num_envs} x {args.num_steps} env steps of {args.task}{genuine}")
     print(f"update   {args.update_epochs} epochs x {args.num_minibatches} minibatches; MLPs 2 x {args.hidden_size}")
     results: Results = {side: [] for side in args.sides}
     if args.benchmarl_python is None and results.pop("benchmarl", None) is not None:
