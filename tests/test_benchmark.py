@@ -1,4 +1,4 @@
-"""The study's programs: benchmark/run.py, plot.py and tune.py."""
+"""The study's programs: benchmark/run.py, plot.py and tune.py; what train_speed.py compares."""
 
 import csv
 import itertools
@@ -17,8 +17,8 @@ import torch
 import tyro
 
 import hyper_mappo
-from benchmark import plot, run
-from runs import UsageError
+from benchmark import plot, run, train_speed
+from runs import UsageError, command_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -338,3 +338,25 @@ def test_the_search_refuses_reported_seeds_and_unknown_settings(tune, tmp_path):
         tune.check_args(tune.Args("x", first=('{"update_epochs": 9}',)))
     with pytest.raises(UsageError, match="one number per env"):
         tune.check_args(tune.Args("x", scales=(1.0,)))
+
+
+# --------------------------------------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize("flags", ["--task balanced", "--task balance --sides none cleanrl-style"])
+def test_speed_refuses_what_cannot_be_compared(flags, capsys):
+    assert command_line(train_speed.Args, train_speed.main, {}, flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_speed_on_vmas_gives_both_sides_the_same_batch(monkeypatch):
+    given = {}
+    monkeypatch.setattr(train_speed, "train_benchmarl", lambda python, fields: given.update(theirs=fields))
+    monkeypatch.setattr(train_speed, "in_new_process", lambda side, fields: given.update(ours=fields))
+    args = train_speed.Args(task="balance", num_envs=64, num_steps=16)
+    train_speed.measure("benchmarl", args)
+    train_speed.measure("none", args)
+    assert given["theirs"]["task"] == "vmas:balance" and given["ours"]["env_id"].startswith("vmas:balance?")
+    for name in ("num_envs", "num_steps", "update_epochs", "num_minibatches", "hidden_size"):
+        assert given["theirs"][name] == given["ours"][name], name
