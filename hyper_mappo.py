@@ -147,7 +147,7 @@ class Args:
     episode_limit: int = EPISODE_LIMIT
     """env steps after which an episode of a genuine env is truncated; 0: never"""
 
-    total_timesteps: int = 3_000_000
+    total_timesteps: int = 4_000_000
     """env steps to train for, summed over envs (one step of one env moves all its agents)"""
     learning_rate: float = 5e-4
     """Adam's learning rate of actor and critic"""
