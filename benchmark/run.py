@@ -107,6 +107,7 @@ SUITES: dict[str, list[Member]] = {
         *compare(f"{PURSUIT} --total-timesteps 3000000", FORMS, 8),
         *compare(f"{PURSUIT} --total-timesteps 2000000", {"delta, 2 M": "--hyper delta"}, 8),
         *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta, 4 M": "--hyper delta"}, 5),
+        *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta with id, 4 M": "--hyper delta --agent-id"}, 5),
     ],
     "pursuit-long": compare(
         f"{PURSUIT} --total-timesteps 6000000", {"delta": "--hyper delta", "none": "--hyper none"}, 5
