@@ -108,10 +108,13 @@ SUITES: dict[str, list[Member]] = {
         *compare(f"{PURSUIT} --total-timesteps 2000000", {"delta, 2 M": "--hyper delta"}, 8),
         *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta, 4 M": "--hyper delta"}, 5),
         *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta with id, 4 M": "--hyper delta --agent-id"}, 5),
+        *compare(f"{PURSUIT} --total-timesteps 4000000", {"none with id, 4 M": "--hyper none --agent-id"}, 5),
     ],
-    "pursuit-long": compare(
-        f"{PURSUIT} --total-timesteps 6000000", {"delta": "--hyper delta", "none": "--hyper none"}, 5
-    ),
+    "pursuit-long": [
+        *compare(f"{PURSUIT} --total-timesteps 6000000", {"none": "--hyper none"}, 5),
+        *compare(f"{PURSUIT} --total-timesteps 6000000", {"none with id": "--hyper none --agent-id"}, 5),
+        *compare(f"{PURSUIT} --total-timesteps 8000000", {"delta with id, 8 M": "--hyper delta --agent-id"}, 5),
+    ],
     "stag_hunt-8x8": compare(f"{STAG_HUNT} --total-timesteps 1500000", FORMS, 8),
     "pursuit-parts": compare(f"{PURSUIT} --total-timesteps 1000000", PARTS, 4),
     "stag_hunt-8x8-parts": compare(f"{STAG_HUNT} --total-timesteps 1000000", PARTS, 4),
