@@ -10,7 +10,7 @@ Papers: MAPPO, Yu et al. 2022 (arXiv 2103.01955); PPO, Schulman et al. 2017 (arX
 hypernetwork initialisation, Beck et al. 2022 (arXiv 2210.11348).
 How-to, metrics, deviations and results: docs/hyper_mappo.md
 
-    python hyper_mappo.py --env-id pursuit --track
+    python hyper_mappo.py --env-id pursuit --agent-id --track
     python hyper_mappo.py --env-id stag_hunt --hyper none
 """
 
@@ -201,7 +201,8 @@ class Args:
     critic_hidden_size: int | None = None
     """width of the critic's two hidden layers; None: hidden_size"""
     agent_id: bool = False
-    """append a one-hot agent id to what the actor sees, and the critic with --critic-obs"""
+    """append a one-hot agent id to what the actor sees, and the critic with --critic-obs: agents that see the same can
+    then act differently without chance"""
     share_parameters: bool = True
     """one actor for all agents; without: every agent has its own (with --hyper none). The critic stays shared"""
     critic_obs: bool = True
