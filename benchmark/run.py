@@ -79,6 +79,7 @@ PARTS = {
     **FORMS,
     "delta, local": "--hyper delta --hyper-context local",
     "delta, agent id": "--hyper delta --hyper-context agent-id",
+    "delta with id": "--hyper delta --agent-id",
     "delta, no history": "--hyper delta --history none",
     "delta, no smoothness": "--hyper delta --smooth-coef 0",
     "delta, no alignment": "--hyper delta --align-coef 0",
