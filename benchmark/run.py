@@ -75,6 +75,11 @@ FORMS = {
     "as many parameters": "--hyper none --match-params delta",
     "last-layer": "--hyper last-layer",
 }
+WITH_ID = {
+    "delta with id, 4 M": "--hyper delta --agent-id",
+    "none with id, 4 M": "--hyper none --agent-id",
+    "context as input with id, 4 M": "--hyper none --actor-context --agent-id",
+}
 PARTS = {
     **FORMS,
     "delta, local": "--hyper delta --hyper-context local",
@@ -108,8 +113,7 @@ SUITES: dict[str, list[Member]] = {
         *compare(f"{PURSUIT} --total-timesteps 3000000", FORMS, 8),
         *compare(f"{PURSUIT} --total-timesteps 2000000", {"delta, 2 M": "--hyper delta"}, 8),
         *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta, 4 M": "--hyper delta"}, 5),
-        *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta with id, 4 M": "--hyper delta --agent-id"}, 5),
-        *compare(f"{PURSUIT} --total-timesteps 4000000", {"none with id, 4 M": "--hyper none --agent-id"}, 5),
+        *compare(f"{PURSUIT} --total-timesteps 4000000", WITH_ID, 5),
     ],
     "pursuit-long": [
         *compare(f"{PURSUIT} --total-timesteps 6000000", {"none": "--hyper none"}, 5),
