@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -355,6 +356,12 @@ def finish(job: Job, code: int, cpu_s: float, results: Path) -> bool:
 # -------------------------------------------------------------------------------------------- a suite
 
 
+def job_folder(runs_dir: Path, suite: str, member: Member, seed: int) -> Path:
+    """Of its own for every command, so that a member whose flags were changed does not go on with its old run."""
+    number = zlib.crc32(member.command(seed).encode())
+    return runs_dir.resolve() / suite / f"{safe_name(member.label)}__{seed}__{number:08x}"
+
+
 def open_jobs(args: Args) -> tuple[list[Job], int]:
     """What is to be run, seed by seed so that every prefix compares like with like; and how many are done."""
     jobs, num_done = [], 0
@@ -371,8 +378,7 @@ def open_jobs(args: Args) -> tuple[list[Job], int]:
                 if is_done(rows, member, seed):
                     num_done += 1
                     continue
-                folder = args.runs_dir.resolve() / suite / f"{safe_name(member.label)}__{seed}"
-                jobs.append(Job(suite, member, seed, folder))
+                jobs.append(Job(suite, member, seed, job_folder(args.runs_dir, suite, member, seed)))
     return jobs, num_done
 
 
