@@ -143,6 +143,8 @@ def test_a_changed_command_is_run_again_in_its_old_row(tmp_path, places, monkeyp
     use_suite(monkeypatch, {"a": "--env-id new"}, (1,))
     run.cli(["tiny", *places])
     assert [row["env_id"] for row in rows_of(tmp_path)] == ["new"]
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("eval.json")]
+    assert sorted((report["env_id"], report["started_with"]) for report in reports) == [("new", 0), ("old", 0)]
 
 
 def test_a_failed_training_is_reported_and_does_not_stop_others(tmp_path, places, monkeypatch, capsys):
@@ -154,14 +156,15 @@ def test_a_failed_training_is_reported_and_does_not_stop_others(tmp_path, places
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be caught there")
 def test_a_stopped_suite_goes_on_where_it_was(tmp_path, places):
+    member = run.Member("a", "--env-id fake --num-steps 100", (1,))
     source = (
         "import sys; from benchmark import run;"
-        "run.SUITES['tiny'] = [run.Member('a', '--env-id fake --num-steps 100', (1,))];"
+        f"run.SUITES['tiny'] = [run.{member}];"
         "sys.exit(run.cli(sys.argv[1:]))"
     )
     program = [sys.executable, "-c", source, "tiny", *places]
     process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    saved = tmp_path / "runs/tiny/a__1/run/latest.pt"
+    saved = run.job_folder(tmp_path / "runs", "tiny", member, 1) / "run/latest.pt"
     for _ in range(600):
         if saved.exists() and saved.read_text() not in ("", "0", "1"):
             break
