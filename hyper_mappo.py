@@ -99,7 +99,11 @@ from runs import (
 
 CHECKPOINT_FORMAT = "hyper_mappo/3"
 PROBE_ENVS = 16  # envs whose first rollout shows how the policy changes from update to update
-STAG_HUNT_SPIRIT = 0.97  # what --team-spirit None stands for there: who hunts a hare leaves the others the stag
+# What --team-spirit None stands for, by env id; elsewhere 0.
+TEAM_SPIRIT = {
+    stag_hunt.ENV_ID: 0.97,  # who hunts a hare leaves the others the stag
+    r"mpe2\.simple_spread_v\d+": 1.0,  # all are paid for each landmark that anyone covers
+}
 GRADIENT_COSINE_EVERY = 10  # updates
 EVAL_SEED = 1_000_000  # keeps the seeds of evaluation apart from those of training
 EVAL_ENVS = {"pettingzoo": 8, "batched": 128}  # at most, whatever the machine: returns depend on it
@@ -160,7 +164,7 @@ class Args:
     team_spirit: float | None = None
     """t of 0 ... 1: what is trained on is (1 - t) x the own reward + t x the mean over learners; above 0 who left
     early still gets its share of what others are paid later. Below 1 the env pays every agent for itself, where it
-    can. None: 0.97 on the stag hunts, else 0"""
+    can. None: 0.97 on the stag hunts, 1 on mpe2.simple_spread, else 0"""
     gamma: float = 0.99
     """discount"""
     bootstrap_time_limit: bool = True
@@ -1766,7 +1770,7 @@ def resolve(args: Args, checked: CheckedEnv, device: torch.device, world_size: i
         num_threads = torch.get_num_threads()
     team_spirit = args.team_spirit
     if team_spirit is None:
-        team_spirit = STAG_HUNT_SPIRIT if re.fullmatch(stag_hunt.ENV_ID, checked.env_id) else 0.0
+        team_spirit = default_team_spirit(checked.env_id)
     resolved = replace(
         with_form_sizes(args),
         backend=checked.backend,
@@ -1783,6 +1787,13 @@ def resolve(args: Args, checked: CheckedEnv, device: torch.device, world_size: i
         form = FORMS.get(args.hyper, HyperNetwork)  # --actor-context is a context without a hypernetwork
         return replace(resolved, hyper_learning_rate=form.learning_rate)
     return resolved
+
+
+def default_team_spirit(env_id: str) -> float:
+    for pattern, team_spirit in TEAM_SPIRIT.items():
+        if re.fullmatch(pattern, env_id):
+            return team_spirit
+    return 0.0
 
 
 def with_form_sizes(args: Args) -> Args:

@@ -158,9 +158,7 @@ def test_a_failed_training_is_reported_and_does_not_stop_others(tmp_path, places
 def test_a_stopped_suite_goes_on_where_it_was(tmp_path, places):
     member = run.Member("a", "--env-id fake --num-steps 100", (1,))
     source = (
-        "import sys; from benchmark import run;"
-        f"run.SUITES['tiny'] = [run.{member}];"
-        "sys.exit(run.cli(sys.argv[1:]))"
+        f"import sys; from benchmark import run;run.SUITES['tiny'] = [run.{member}];sys.exit(run.cli(sys.argv[1:]))"
     )
     program = [sys.executable, "-c", source, "tiny", *places]
     process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -759,9 +759,10 @@ def test_with_team_spirit_who_left_is_still_paid(team_spirit):
     assert returns[2, 0, 1] == 4.0 * (1 - team_spirit / 2) + 0.5 * 9.0
 
 
-def test_team_spirit_of_the_stag_hunts_is_not_that_of_other_envs():
+def test_team_spirit_hangs_on_the_env():
     cpu = torch.device("cpu")
-    for env_id, expected in (("stag_hunt-8x8-4h1s", 0.97), ("stag_hunt", 0.97), ("pursuit", 0.0)):
+    spirits = {"stag_hunt-8x8-4h1s": 0.97, "stag_hunt": 0.97, "mpe2.simple_spread_v3": 1.0, "pursuit": 0.0}
+    for env_id, expected in spirits.items():
         assert hyper_mappo.check_args(Args(env_id=env_id), cpu)[0].team_spirit == expected
     assert hyper_mappo.check_args(Args(env_id="stag_hunt", team_spirit=0.0), cpu)[0].team_spirit == 0.0
 
