@@ -181,7 +181,8 @@ def test_named_flags_exist(page):
 
 def test_readme_gives_the_first_command_on_the_first_screen():
     lines = read(ROOT / "README.md").splitlines()
-    first = next(i for i, line in enumerate(lines) if "python hyper_mappo.py --env-id pursuit --agent-id --track" in line)
+    command = "python hyper_mappo.py --env-id pursuit --agent-id --track"
+    first = next(i for i, line in enumerate(lines) if command in line)
     assert first < 15 and not any("![" in line for line in lines[:first])
 
 
