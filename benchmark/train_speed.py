@@ -127,7 +127,9 @@ def on_vmas(args: Args) -> bool:
 def our_fields(side: str, args: Args, num_envs: int, num_steps: int, updates: int) -> dict:
     """The hyper_mappo.Args of one of our sides."""
     fields = {name: getattr(args, name) for name in SHARED}
-    fields["env_id"] = TASKS[args.task].env_id if on_vmas(args) else "pursuit"
+    fields["env_id"] = "pursuit"
+    if on_vmas(args):
+        fields["env_id"] = TASKS[args.task].env_id
     fields["backend"] = "pettingzoo" if side in GENUINE else "batched"
     fields["num_envs"] = num_envs
     fields["num_steps"] = num_steps
@@ -140,9 +142,11 @@ def our_fields(side: str, args: Args, num_envs: int, num_steps: int, updates: in
 def measure(side: str, args: Args) -> dict:
     if side not in GENUINE:
         return in_new_process(side, our_fields(side, args, args.num_envs, args.num_steps, args.updates))
-    fields = {name: getattr(args, name) for name in SHARED} | {"updates": args.peer_updates}
+    fields = {name: getattr(args, name) for name in SHARED}
+    fields["updates"] = args.peer_updates
     if on_vmas(args):  # side is BenchMARL: its batch is ours
-        fields |= {"task": TASKS[args.task].theirs, "num_envs": args.num_envs, "num_steps": args.num_steps}
+        fields |= {"num_envs": args.num_envs, "num_steps": args.num_steps}
+        fields["task"] = TASKS[args.task].theirs
         return train_benchmarl(args.benchmarl_python, fields)
     num_steps = args.num_envs * args.num_steps // args.peer_envs
     if side == "none-genuine":
