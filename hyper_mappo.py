@@ -182,6 +182,8 @@ class Args:
     """passes over each rollout; None: 1 batched, 4 genuine (where env steps are dear)"""
     norm_adv: bool = True
     """normalise advantages over the rollout's active samples"""
+    norm_obs: bool = False
+    """normalise observations and state by the running mean and deviation of each of their numbers"""
     clip_coef: float = 0.2
     """PPO's clipping of the policy ratio"""
     clip_vloss: bool = False
@@ -287,8 +289,9 @@ LIMITS = {
 }
 # What a run's weights depend on: --resume and --init-from refuse to change these.
 ARCHITECTURE = (
-    "hidden_size critic_hidden_size agent_id share_parameters critic_obs value_norm hyper hyper_context actor_context "
-    "share_delta history context_size context_heads hyper_basis hyper_rank hyper_critic match_params subgoals"
+    "hidden_size critic_hidden_size agent_id share_parameters critic_obs norm_obs value_norm hyper hyper_context "
+    "actor_context share_delta history context_size context_heads hyper_basis hyper_rank hyper_critic match_params "
+    "subgoals"
 ).split()
 # What its episodes in flight depend on, too.
 EPISODES_IN_FLIGHT = "env_id env_kwargs backend team_spirit seed num_envs num_steps partners partner_switch".split()
@@ -348,6 +351,41 @@ class AgentLayer(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight.transpose(1, 2))
 
 
+class ObsNorm(nn.Module):
+    """Subtracts the mean of each number of an observation and divides by its deviation, over all that was seen.
+
+    Nothing further than CLIP deviations from the mean is told apart; numbers that hardly change are not blown up.
+    """
+
+    CLIP = 10.0
+    MIN_STD = 0.01
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, counts: Tensor) -> None:
+        """Adds samples x [B, F] where counts [B] is True, of all processes (Chan et al. 1979: merged moments)."""
+        weights = counts.float().unsqueeze(-1)
+        num = all_sum(weights.sum()).clamp(min=1.0)
+        mean = all_sum((weights * x).sum(0)) / num
+        var = all_sum((weights * (x - mean) ** 2).sum(0)) / num
+        total = self.count + num
+        share = num / total
+        change = mean - self.mean
+        self.mean += share * change
+        self.var += share * (var - self.var + (1 - share) * change**2)
+        self.count.copy_(total)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., F] -> [..., F]"""
+        std = self.var.sqrt().clamp(min=self.MIN_STD)
+        return ((x - self.mean) / std).clamp(-self.CLIP, self.CLIP)
+
+
 class Trunk(nn.Module):
     """Turns observations or states into flat features: [..., *shape] -> [..., num_features] float32.
 
@@ -356,11 +394,12 @@ class Trunk(nn.Module):
     With `copies` A each of the agents in [..., A, *shape] has a CNN of its own.
     """
 
-    def __init__(self, shape: list[int], scale: float, copies: int = 1):
+    def __init__(self, shape: list[int], scale: float, norm: bool, copies: int = 1):
         super().__init__()
         self.shape, self.scale, self.copies = shape, scale, copies
         self.convs = None
         self.num_features = math.prod(shape)
+        self.norm = ObsNorm(self.num_features) if norm else None
         if len(shape) == 3 and self.num_features > 1024:
             height, width, channels = shape
             out_channels = 16
@@ -378,13 +417,21 @@ class Trunk(nn.Module):
             self.convs = nn.Sequential(*convs)
             self.num_features = channels * height * width
 
-    def forward(self, x: Tensor) -> Tensor:
+    def flat(self, x: Tensor) -> Tensor:
+        """[..., *shape] -> [..., prod(shape)] float32, scaled"""
         lead = x.shape[: x.dim() - len(self.shape)]
         x = x.float()
         if self.scale != 1.0:
             x = x * self.scale
+        return x.reshape(*lead, math.prod(self.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = x.shape[: x.dim() - len(self.shape)]
+        x = self.flat(x)
+        if self.norm:
+            x = self.norm(x)
         if self.convs is None:
-            return x.reshape(*lead, self.num_features)
+            return x
         height, width, _ = self.shape
         x = x.reshape(-1, *self.shape).permute(0, 3, 1, 2)  # [B, h, w, c] -> [B, c, h, w]
         if self.copies > 1:
@@ -833,14 +880,14 @@ class Actor(nn.Module):
     independent), or [..., 2 D] mean and log standard deviation of a diagonal Gaussian (Box).
     """
 
-    # DEVIATION: ReLU, no layer normalisation, no observation normalisation; without a context no recurrent network
-    # (history belongs to the context).
+    # DEVIATION: ReLU, no layer normalisation, observations as they are unless --norm-obs; without a context no
+    # recurrent network (history belongs to the context).
 
     def __init__(self, spec: dict, args: Args):
         super().__init__()
         self.discrete, self.nvec = spec["discrete"], spec.get("nvec")
         self.shared, A = args.share_parameters, spec["num_agents"]
-        self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"], copies=1 if self.shared else A)
+        self.trunk = Trunk(spec["obs_shape"], spec["obs_scale"], args.norm_obs, copies=1 if self.shared else A)
         self.num_ids = A if args.agent_id else 0
         # A list, so that the frozen encoder is no part of this module: it has a checkpoint of its own.
         self.subgoals = []
@@ -980,12 +1027,12 @@ class Critic(nn.Module):
 
     def __init__(self, spec: dict, args: Args):
         super().__init__()
-        self.trunk = Trunk(spec["state_shape"], spec["state_scale"])
+        self.trunk = Trunk(spec["state_shape"], spec["state_scale"], args.norm_obs)
         inputs, outputs = self.trunk.num_features, spec["num_agents"]
         self.obs_trunk = None
         self.num_ids = 0
         if args.critic_obs:
-            self.obs_trunk = Trunk(spec["obs_shape"], spec["obs_scale"])
+            self.obs_trunk = Trunk(spec["obs_shape"], spec["obs_scale"], args.norm_obs)
             self.num_ids = spec["num_agents"] if args.agent_id else 0
             inputs += self.obs_trunk.num_features + self.num_ids
             outputs = 1
@@ -1420,6 +1467,17 @@ def average_gradients(params: list[nn.Parameter]) -> None:
     means = mean.split([grad.numel() for grad in grads])
     for grad, part in zip(grads, means, strict=True):
         grad.copy_(part.view_as(grad))
+
+
+def update_obs_norms(actor: Actor, critic: Critic, rollout: Batch) -> None:
+    """What a rollout saw joins the moments of observations (of active agents) and states. Observations have one set."""
+    for obs, state, active in zip(rollout["obs"], rollout["state"], rollout["active"], strict=True):
+        x = actor.trunk.flat(obs)  # [N, A, F]
+        actor.trunk.norm.update(x.flatten(0, 1), active.flatten())
+        x = critic.trunk.flat(state)  # [N, F]
+        critic.trunk.norm.update(x, torch.ones(len(x), device=x.device))
+    if critic.obs_trunk is not None:
+        critic.obs_trunk.norm.load_state_dict(actor.trunk.norm.state_dict())
 
 
 # --------------------------------------------------------------------------------- acting, evaluation
@@ -2498,6 +2556,8 @@ def main(args: Args) -> Path:
                 num_done += 1
             if resolved.target_kl is not None and mean_of_all(numbers["losses/approx_kl"]) > resolved.target_kl:
                 break
+        if resolved.norm_obs:  # now, so that what was updated is the policy that acted
+            update_obs_norms(actor, critic, rollout)
         metrics["nonstationarity/policy_kl"], probe["dists"] = policy_change(actor, probe, learners)
 
         # -- logging: the update's only look at the device

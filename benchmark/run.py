@@ -109,6 +109,7 @@ SUITES: dict[str, list[Member]] = {
         *compare(f"--env-id stag_hunt-8x8-4h1s {STAG_GOALS}", {"8x8-4h1s": ""}, 5),
         *compare(f"--env-id stag_hunt-8x8-4h2s {STAG_GOALS}", {"8x8-4h2s": ""}, 5),
         *compare(f"--env-id stag_hunt {LARGE_MAP} {STAG_GOALS}", {"16x16, 8 players": ""}, 2),
+        *compare(f"--env-id stag_hunt {LARGE_MAP} {STAG_GOALS} --total-timesteps 1000000", {"16x16, 1 M": ""}, 2),
     ],
     "pursuit": [
         *compare(f"{PURSUIT} --total-timesteps 3000000", FORMS, 8),

@@ -44,6 +44,7 @@ SPACE = {
     "num_minibatches": CategoricalDistribution([8, 16, 32, 64]),
     "update_epochs": IntDistribution(1, 5),
     "hidden_size": CategoricalDistribution([64, 128, 256]),
+    "norm_obs": CategoricalDistribution([False, True]),
     "team_spirit": CategoricalDistribution([0.0, 0.25, 0.5, 1.0]),
 }
 START = {
@@ -55,6 +56,7 @@ START = {
     "num_minibatches": 64,
     "update_epochs": 1,
     "hidden_size": 128,
+    "norm_obs": False,
     "team_spirit": 0.0,
 }
 
@@ -109,6 +111,8 @@ def run_flags(params: dict) -> list[str]:
         if name == "rollout":
             num_envs, num_steps = value.split("x")
             words += ["--num-envs", num_envs, "--num-steps", num_steps]
+        elif name == "norm_obs":
+            words.append("--norm-obs" if value else "--no-norm-obs")
         else:
             words += [flag(name), str(value)]
     return words

@@ -657,7 +657,9 @@ def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form", [{"hyper": "none"}, {"hyper": "delta"}, {"hyper": "none", "share_parameters": False}], ids=str
+    "form",
+    [{"hyper": "none"}, {"hyper": "delta", "norm_obs": True}, {"hyper": "none", "share_parameters": False}],
+    ids=str,
 )
 def test_resume_gives_the_numbers_of_an_uninterrupted_run(tmp_path, form, monkeypatch):
     halfway = tmp_path / "halfway"
@@ -677,11 +679,52 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(tmp_path, form, monkey
         assert torch.equal(x, load_checkpoint(halfway)["actor"][name]), name
 
 
-def test_first_minibatch_sees_the_policy_that_acted(tmp_path):
+def test_obs_norm_has_the_moments_of_all_active_samples():
+    torch.manual_seed(1)
+    x = torch.randn(60, 5) * torch.tensor([1.0, 30.0, 0.1, 2.0, 0.0]) + torch.tensor([0.0, 100.0, -3.0, 1.0, 7.0])
+    active = torch.rand(60) < 0.7
+    norm = hyper_mappo.ObsNorm(5)
+    assert torch.equal(norm(x[:, [0] * 5]), x[:, [0] * 5])  # nothing seen, nothing changed
+    for part, counts in zip(x.split(13), active.split(13), strict=True):
+        norm.update(part, counts)
+    seen = x[active].double()
+    assert norm.count == len(seen)
+    torch.testing.assert_close(norm.mean, seen.mean(0).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.var, seen.var(0, correction=0).float(), rtol=1e-4, atol=1e-5)
+    normal = norm(x[active])
+    torch.testing.assert_close(normal.mean(0), torch.zeros(5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(normal[:, :4].std(0, correction=0), torch.ones(4), rtol=0, atol=1e-4)
+    assert normal[:, 4].abs().max() < 1e-4  # what never changes is 0
+    assert norm(1e6 * torch.ones(5)).max() == norm.CLIP
+
+
+def test_observations_are_normalised_in_actor_and_critic_by_what_active_agents_saw(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(actor, critic, rollout, update=hyper_mappo.update_obs_norms):
+        seen.append({name: rollout[name].clone() for name in ("obs", "state", "active")})
+        update(actor, critic, rollout)
+
+    monkeypatch.setattr(hyper_mappo, "update_obs_norms", spy)
+    run_dir = run(tmp_path, env_id=STAG_HUNT["env_id"], num_steps=40, total_timesteps=2 * 160, norm_obs=True)
+    checkpoint = load_checkpoint(run_dir)
+    active = torch.stack([x["active"] for x in seen])
+    assert not active.all()  # some have left
+    obs = torch.stack([x["obs"] for x in seen])[active].flatten(1).float()
+    state = torch.stack([x["state"] for x in seen]).flatten(0, 2).flatten(1).float()
+    for part, trunk, x in (("actor", "trunk", obs), ("critic", "obs_trunk", obs), ("critic", "trunk", state)):
+        torch.testing.assert_close(checkpoint[part][f"{trunk}.norm.mean"], x.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(checkpoint[part][f"{trunk}.norm.var"], x.var(0, correction=0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_first_minibatch_sees_the_policy_that_acted(tmp_path, norm_obs):
     # With one epoch of one minibatch the ratio is 1: acting and updating share weights, masks and hidden states,
     # across the episode ends (max_cycles 13) that fall into the rollouts.
     flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=16, update_epochs=1, num_minibatches=1)
-    flags |= dict(chunk_length=4)  # four training sequences a rollout, each with its own first hidden state
+    flags |= dict(
+        chunk_length=4, norm_obs=norm_obs
+    )  # four training sequences a rollout, each with its own first hidden state
     for row in metrics(run(tmp_path, total_timesteps=5 * 64, **flags)):
         assert abs(float(row["losses/approx_kl"])) < 1e-6
         assert float(row["losses/clipfrac"]) == 0.0
