@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from supersuit.vector import ConcatVecEnv, MarkovVectorEnv, ProcConcatVec
 from supersuit.vector.multiproc_vec import decompress_info
 
@@ -164,6 +165,7 @@ def make_in_worker(make_sub_envs: list[Callable[[], MarkovVectorEnv]], tied: boo
     if tied and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also where it is stopped or hangs
     threading.Thread(target=end_with_the_trainer, daemon=True).start()
+    torch.set_num_threads(1)  # a forked process waits for ever for OpenMP threads that only its parent has
     return ConcatVecEnv(make_sub_envs)
 
 

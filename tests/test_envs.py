@@ -1304,6 +1304,25 @@ def test_no_worker_survives_a_killed_trainer(made_in):
         time.sleep(0.05)
 
 
+THREADED = """
+import torch
+from envs import make_vec_env
+torch.set_num_threads(2)
+if __name__ == "__main__":  # (where processes are spawned they import this, too)
+    torch.rand(2_000_000).exp().sum()  # starts the threads that a fork leaves behind
+    env = make_vec_env("stag_hunt", 2, "cpu", 0, "pettingzoo", 2)
+    env.step(torch.zeros(2, 4, dtype=torch.int64))
+    env.close()
+"""
+
+
+def test_workers_of_a_program_with_threads_do_not_hang(tmp_path):
+    script = tmp_path / "threaded.py"
+    script.write_text(THREADED)
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, str(script)], check=True, timeout=60, env=paths)
+
+
 def is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
