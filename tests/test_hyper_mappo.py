@@ -722,9 +722,8 @@ def test_first_minibatch_sees_the_policy_that_acted(tmp_path, norm_obs):
     # With one epoch of one minibatch the ratio is 1: acting and updating share weights, masks and hidden states,
     # across the episode ends (max_cycles 13) that fall into the rollouts.
     flags = dict(env_id="pursuit", env_kwargs=SMALL_PURSUIT, num_steps=16, update_epochs=1, num_minibatches=1)
-    flags |= dict(
-        chunk_length=4, norm_obs=norm_obs
-    )  # four training sequences a rollout, each with its own first hidden state
+    flags |= dict(norm_obs=norm_obs)
+    flags |= dict(chunk_length=4)  # four training sequences a rollout, each with its own first hidden state
     for row in metrics(run(tmp_path, total_timesteps=5 * 64, **flags)):
         assert abs(float(row["losses/approx_kl"])) < 1e-6
         assert float(row["losses/clipfrac"]) == 0.0
