@@ -4,7 +4,8 @@ Per member of a suite: the interquartile mean (IQM) of its seeds' evaluations, a
 better than a run of the baseline, both with 95 % bootstrap intervals (Agarwal et al. 2021, arXiv 2108.13264; their
 package rliable does not import beside the versions of requirements.txt, so its formulas stand here). One table per env
 is printed as markdown, with the mean over training beside it: who learns sooner has the larger one. The picture has a
-row per env: return against env steps, and against time on one core; or, with `--picture points`, a point per run.
+row per env: return against env steps, and against time on one core. `--picture steps` is the left half of it, for runs
+of unlike machines, `--picture points` a point per run.
 
     python benchmark/plot.py pursuit --baseline none --output docs/img/pursuit_curves.png
     python benchmark/plot.py pursuit-parts stag_hunt-8x8-parts --picture points --output docs/img/parts.png
@@ -56,8 +57,9 @@ class Args:
     """folder of the rows and curves"""
     output: Path | None = None
     """the picture; None: only the tables"""
-    picture: Literal["curves", "points"] = "curves"
-    """curves: of training; points: the closing evaluation of each run, for suites of many members and few seeds"""
+    picture: Literal["curves", "steps", "points"] = "curves"
+    """curves: of training; steps: over env steps alone; points: the closing evaluation of each run, for suites of many
+    members and few seeds"""
     window: int = 100_000
     """a point of a curve is the mean over so many env steps before it"""
 
@@ -136,6 +138,11 @@ def by_label(rows: Rows, order: list[str]) -> Groups:
         if members:
             groups[label] = members
     return groups
+
+
+def evaluated(groups: Groups) -> Groups:
+    """Without the labels whose runs have no closing evaluation, such as those of other libraries."""
+    return {label: rows for label, rows in groups.items() if all(row["mean_return"] for row in rows)}
 
 
 def table_lines(groups: Groups, baseline: str, results: Path) -> list[str]:
@@ -218,10 +225,10 @@ def draw(
     env_id: str,
     args: Args,
 ) -> None:
-    """Two plots of one env: IQM of the runs with its interval, over env steps and over minutes."""
+    """Plots of one env: IQM of the runs with its interval, over env steps and, on a second of `axes`, over minutes."""
     labels = {"env_steps": "env steps (millions)", "minutes": "minutes on one core"}
     scales = {"env_steps": 1e-6, "minutes": 1.0}
-    for axis, x in zip(axes, labels, strict=True):
+    for axis, x in zip(axes, labels, strict=False):
         for label, rows in groups.items():
             curves = [read_curve(args.results, row) for row in rows]
             grid, returns = common_curve(curves, x, args.window)
@@ -280,24 +287,33 @@ def main(args: Args) -> None:
     for env_id, of_env in groups.items():
         baseline = args.baseline or next(iter(of_env))
         print(f"\n{env_id}\n")
-        print("\n".join(table_lines(of_env, baseline, args.results)))
+        in_table = evaluated(of_env)
+        print("\n".join(table_lines(in_table, baseline, args.results)))
+        for label in of_env:
+            if label not in in_table:
+                print(f"\n`{label}` has no closing evaluation: it is in pictures of training alone")
     if args.output is not None:
         save_picture(groups, args)
 
 
 def save_picture(groups: dict[str, Groups], args: Args) -> None:
-    points = args.picture == "points"
-    if points:
+    if args.picture == "points":
+        groups = {env_id: evaluated(of_env) for env_id, of_env in groups.items()}
         most_labels = max(len(of_env) for of_env in groups.values())
         shape = 1, len(groups)
         size = 6 * len(groups), 1.2 + 0.3 * most_labels
+    elif args.picture == "steps":
+        shape = math.ceil(len(groups) / 2), 2
+        size = 12, 4.2 * shape[0]
     else:
         shape = len(groups), 2
         size = 12, 4.2 * len(groups)
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     for i, env_id in enumerate(groups):
-        if points:
+        if args.picture == "points":
             draw_points(axes[0, i], groups[env_id], env_id)
+        elif args.picture == "steps":
+            draw(axes.flat[i : i + 1], groups[env_id], env_id, args)
         else:
             draw(axes[i], groups[env_id], env_id, args)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -289,6 +289,28 @@ def test_rows_of_a_member_that_was_taken_out_are_still_shown(tmp_path, places, m
     assert picture.stat().st_size > 5_000
 
 
+@pytest.mark.parametrize("kind", ["curves", "steps", "points"])
+def test_runs_without_a_closing_evaluation_are_drawn_and_not_scored(tmp_path, places, monkeypatch, capsys, kind):
+    use_suite(monkeypatch, {"ours": "--env-id fake", "theirs": "--env-id fake --num-steps 1"}, (1, 2))
+    assert run.cli(["tiny", *places]) == 0
+    results = tmp_path / "results"
+    rows = run.read_rows(results, "tiny")
+    for row in rows:
+        if row["label"] == "theirs":
+            row["mean_return"] = ""
+    run.write_rows(results / "tiny.csv", run.COLUMNS, rows)
+    drawn = []
+    monkeypatch.setattr(plot.plt.Axes, "plot", lambda axis, *x, label=None, **style: drawn.append(label))
+    capsys.readouterr()
+    flags = ["--results", str(results), "--picture", kind, "--output", str(tmp_path / "picture.png")]
+    assert plot.cli(["tiny", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| `ours` |") == 1 and "| `theirs` |" not in printed
+    assert "`theirs` has no closing evaluation" in printed
+    expected = {"curves": 2 * ["ours (2)", "theirs (2)"], "steps": ["ours (2)", "theirs (2)"], "points": [None, None]}
+    assert drawn == expected[kind]
+
+
 def test_plot_without_rows_is_a_usage_error(tmp_path, capsys):
     assert plot.cli(["pursuit", "--results", str(tmp_path)]) == 2
     assert "no rows of pursuit" in capsys.readouterr().err
