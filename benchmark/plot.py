@@ -316,6 +316,8 @@ def save_picture(groups: dict[str, Groups], args: Args) -> None:
             draw(axes.flat[i : i + 1], groups[env_id], env_id, args)
         else:
             draw(axes[i], groups[env_id], env_id, args)
+    for unused in axes.flat[len(groups) :] if args.picture == "steps" else ():
+        unused.remove()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
     plt.close(figure)
