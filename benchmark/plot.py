@@ -43,6 +43,8 @@ Curve = dict[str, Array]
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
 GRID = 100  # points of a curve
+X_LABELS = {"env_steps": "env steps (millions)", "minutes": "minutes on one core"}
+X_SCALES = {"env_steps": 1e-6, "minutes": 1.0}
 
 
 @dataclass
@@ -219,25 +221,24 @@ def common_curve(
     return grid, np.stack(lines)
 
 
-def draw(
-    axes: Array,
+def draw_curves(
+    axis: plt.Axes,
     groups: Groups,
     env_id: str,
+    x: str,
     args: Args,
 ) -> None:
-    """Plots of one env: IQM of the runs with its interval, over env steps and, on a second of `axes`, over minutes."""
-    labels = {"env_steps": "env steps (millions)", "minutes": "minutes on one core"}
-    scales = {"env_steps": 1e-6, "minutes": 1.0}
-    for axis, x in zip(axes, labels, strict=False):
-        for label, rows in groups.items():
-            curves = [read_curve(args.results, row) for row in rows]
-            grid, returns = common_curve(curves, x, args.window)
-            mean, low, high = iqm_interval(returns)
-            axis.plot(grid * scales[x], mean, label=f"{label} ({len(rows)})")
-            axis.fill_between(grid * scales[x], low, high, alpha=0.15)
-        axis.set(xlabel=labels[x], ylabel="return per agent, in training", title=env_id)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, title="(seeds)", title_fontsize=7)
+    """A line per label: IQM of its runs with the interval, over x, which is env_steps or minutes."""
+    for label, rows in groups.items():
+        curves = [read_curve(args.results, row) for row in rows]
+        grid, returns = common_curve(curves, x, args.window)
+        mean, low, high = iqm_interval(returns)
+        axis.plot(grid * X_SCALES[x], mean, label=f"{label} ({len(rows)})")
+        axis.fill_between(grid * X_SCALES[x], low, high, alpha=0.15)
+    axis.set(xlabel=X_LABELS[x], ylabel="return per agent, in training", title=env_id)
+    axis.grid(alpha=0.3)
+    if x == "env_steps":
+        axis.legend(fontsize=7, title="(seeds)", title_fontsize=7)
 
 
 def draw_points(axis: plt.Axes, groups: Groups, env_id: str) -> None:
@@ -303,21 +304,20 @@ def save_picture(groups: dict[str, Groups], args: Args) -> None:
         shape = 1, len(groups)
         size = 6 * len(groups), 1.2 + 0.3 * most_labels
     elif args.picture == "steps":
-        shape = math.ceil(len(groups) / 2), 2
-        size = 12, 4.2 * shape[0]
+        shape = 1, len(groups)
+        size = 6 * len(groups), 4.2
     else:
         shape = len(groups), 2
         size = 12, 4.2 * len(groups)
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    if args.picture == "steps":
+        axes = axes.T  # [1, envs] -> [envs, 1]
     for i, env_id in enumerate(groups):
         if args.picture == "points":
             draw_points(axes[0, i], groups[env_id], env_id)
-        elif args.picture == "steps":
-            draw(axes.flat[i : i + 1], groups[env_id], env_id, args)
-        else:
-            draw(axes[i], groups[env_id], env_id, args)
-    for unused in axes.flat[len(groups) :] if args.picture == "steps" else ():
-        unused.remove()
+            continue
+        for axis, x in zip(axes[i], X_LABELS, strict=False):  # of "steps" there is the first alone
+            draw_curves(axis, groups[env_id], env_id, x, args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
     plt.close(figure)

@@ -39,8 +39,8 @@ SPECIALISE = {
         "--hyper delta --hyper-rank 0 --agent-id --hyper-context joint --context-size 8 --hyper-basis 8"
     ),
 }
-for label in ("shared, id", "own actors", "full by id", "delta by all"):
-    SPECIALISE[f"{label}, normalised"] = f"{SPECIALISE[label]} --norm-obs"
+for member in ("shared, id", "own actors", "full by id", "delta by all"):
+    SPECIALISE[f"{member}, normalised"] = f"{SPECIALISE[member]} --norm-obs"
 BATCH = "--num-envs 256 --num-steps 32 --eval-episodes 256 --ent-coef 0.005"
 # Food of VMAS's own radius, 0.05, is found too seldom for anything to be learnt in so few env steps.
 DISPERSION = "vmas:dispersion?food_radius=0.15"
