@@ -930,7 +930,7 @@ def test_two_updates_on_batched_envs(tmp_path, env_id):
 def test_tiny_cooperative_envs_are_learnt(tmp_path, env, hyper, optimum):
     # own_number needs no hypernetwork, tell_the_other the attention over agents, remember the history.
     flags = dict(num_envs=16, num_steps=32, num_minibatches=4, hidden_size=32, context_size=32, hyper_basis=4)
-    flags |= dict(total_timesteps=40_000, learning_rate=2e-3, hyper_learning_rate=3e-3, eval_episodes=50)
+    flags |= dict(total_timesteps=20_000, learning_rate=2e-3, hyper_learning_rate=3e-3, eval_episodes=50)
     flags |= dict(chunk_length=16, anneal_lr=True, ent_coef=0.01)
     run_dir = run(tmp_path, env_id=f"tests.tiny_envs:{env}", hyper=hyper, **flags)
     assert json.loads((run_dir / "eval.json").read_text())["mean_return"] >= 0.95 * optimum
