@@ -132,10 +132,10 @@ def train_theirs(args: Args, seed: int) -> Trained:
 
 
 def keep(args: Args, label: str, seed: int, trained: Trained) -> dict:
-    """Writes the curve and the row, in place of an earlier one of its scenario, label and seed."""
-    env_steps = trained.points[-1][0]
+    """Writes the curve and the row, in place of an earlier one of its scenario, length, label and seed."""
+    env_steps = int(trained.points[-1][0])
     at_end, over_training = end_and_area(trained.points, env_steps)
-    curve = f"curves/simulators_smax__{args.scenario}__{safe_name(label)}__{seed}.csv"
+    curve = f"curves/simulators_smax__{args.scenario}__{safe_name(label)}__{seed}__{env_steps}.csv"
     lines = [dict(zip(CURVE_COLUMNS, point, strict=True)) for point in trained.points]
     run.write_rows(args.results / curve, CURVE_COLUMNS, lines)
     row = {
@@ -146,15 +146,18 @@ def keep(args: Args, label: str, seed: int, trained: Trained) -> dict:
         "versions": trained.versions,
         "machine": run.describe_machine(),
         "date": time.strftime("%Y-%m-%d"),
-        "env_steps": int(env_steps),
+        "env_steps": env_steps,
         "cpu_s": round(trained.cpu_s, 1),
         "won_at_end": round(at_end, 4),
         "won_over_training": round(over_training, 4),
         "evaluated": "" if trained.evaluated is None else round(trained.evaluated, 4),
         "curve": curve,
     }
-    key = args.scenario, label, str(seed)
-    kept = [old for old in run.read_rows(args.results, TABLE) if (old["scenario"], old["label"], old["seed"]) != key]
+    key = args.scenario, str(env_steps), label, str(seed)
+    kept = []
+    for old in run.read_rows(args.results, TABLE):
+        if (old["scenario"], old["env_steps"], old["label"], old["seed"]) != key:
+            kept.append(old)
     run.write_rows(args.results / f"{TABLE}.csv", COLUMNS, [*kept, row])
     return row
 
@@ -177,19 +180,21 @@ def run_side(args: Args) -> int:
 
 
 def table(args: TableArgs) -> None:
-    """Prints a markdown table with a line for each scenario and side."""
+    """Prints a markdown table with a line for each scenario, length and side."""
     rows = run.read_rows(args.results, TABLE)
     if not rows:
         raise UsageError(f"no {TABLE}.csv in {args.results}: run it first")
     print("| | | seeds | env steps | won, last tenth | mean over training | CPU time |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    for scenario, label in dict.fromkeys((row["scenario"], row["label"]) for row in rows):
-        runs = [row for row in rows if (row["scenario"], row["label"]) == (scenario, label)]
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["scenario"], row["env_steps"], row["label"]), []).append(row)
+    for (scenario, env_steps, label), runs in groups.items():
         at_end = mean_and_interval([float(row["won_at_end"]) for row in runs])
         over_training = mean_and_interval([float(row["won_over_training"]) for row in runs])
-        millions = float(runs[0]["env_steps"]) / 1e6
         seconds = np.mean([float(row["cpu_s"]) for row in runs])
-        cells = [scenario, label, str(len(runs)), f"{millions:.2f} M", at_end, over_training, f"{seconds:.0f} s"]
+        length = f"{int(env_steps) / 1e6:.2f} M"
+        cells = [scenario, label, str(len(runs)), length, at_end, over_training, f"{seconds:.0f} s"]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -67,7 +67,7 @@ def test_their_runs_become_rows_curves_and_a_table(tmp_path, fake_python, capsys
     assert line.startswith("| 3m | JaxMARL | 2 | 0.33 M | 0.93 ± 0.00 | 0.50 ± 0.00 |")
 
 
-def test_ours_becomes_a_row(tmp_path, monkeypatch):
+def test_ours_becomes_a_row(tmp_path, monkeypatch, capsys):
     """A real training, of a rollout of two envs."""
     pytest.importorskip("jaxmarl", reason="pip install -r requirements-jaxmarl.txt")
     small = "--hyper none --num-envs 2 --num-steps 128 --num-minibatches 2 --no-cuda"
@@ -77,6 +77,14 @@ def test_ours_becomes_a_row(tmp_path, monkeypatch):
     assert (row["label"], row["env_steps"]) == ("ours", "256")
     assert 0 <= float(row["evaluated"]) <= 1
     assert (tmp_path / row["curve"]).is_file()
+    # A longer run of the same seed is a row, a curve and a line of the table beside it.
+    assert smax.cli(["run", "--total-timesteps", "512", "--seeds", "1", "--results", str(tmp_path)]) == 0
+    rows = run.read_rows(tmp_path, smax.TABLE)
+    assert [row["env_steps"] for row in rows] == ["256", "512"]
+    assert rows[0]["curve"] != rows[1]["curve"]
+    capsys.readouterr()
+    assert smax.cli(["table", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("| 3m | ours | 1 |") == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script with a #! line")
