@@ -97,6 +97,7 @@ JOBS = {
         opponents("opponents, held out", "data, held out"),
         trained("plain PPO", "--hyper none"),
         trained("actor-context", f"--hyper none --actor-context {LOCAL}"),
+        trained("actor-context, size of full", f"--hyper none --actor-context --match-params full {LOCAL}"),
         trained("delta", f"--hyper delta {LOCAL} {FREE}"),
         trained("full", f"--hyper full {LOCAL} {FREE}"),
         trained("last-layer", f"--hyper last-layer {LOCAL} {FREE}"),
