@@ -27,13 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan
 from benchmark.adaptation import RESULTS, SETTINGS, Response, Setting, default_responses, measure, play
-from benchmark.plot import mean_and_interval
+from benchmark.plot import Groups, draw_points, mean_and_interval
 from benchmark.run import ONE_THREAD, ROOT, describe_machine, read_rows, wait_for
 from envs import VecEnv
 from runs import UsageError, command_line, read_metrics, safe_name
@@ -153,6 +155,8 @@ class Args:
     """only these agents; none: all"""
     table: bool = False
     """only print the table of the rows that there are"""
+    picture: Path | None = None
+    """draw what each of --agents returns with each seed into this file; None: no picture"""
     dry_run: bool = False
     """only print the commands"""
     env_steps: int = 1_500_000
@@ -421,28 +425,54 @@ def means_by_seed(rows: list[dict[str, str]], setting: Setting) -> list[list[flo
     return [[means[mix] for mix in mixes] for means in whole]
 
 
+def by_agent(setting: Setting, rows: list[dict[str, str]]) -> dict[tuple[str, int], Tensor]:
+    """(agent, env steps beside the pool) -> what each of its seeds returns against each mix, [seeds, M]."""
+    by_kind: dict[tuple[str, int], list[dict[str, str]]] = {}
+    for row in rows:
+        if row["setting"] == setting.name:
+            kind = row["agent"], int(row["env_steps"])
+            by_kind.setdefault(kind, []).append(row)
+    means = {}
+    for kind, mine in by_kind.items():
+        seeds = means_by_seed(mine, setting)
+        if seeds:
+            means[kind] = torch.tensor(seeds, dtype=torch.float64)
+    return means
+
+
 def as_table(setting: Setting, rows: list[dict[str, str]]) -> str:
     """Markdown: a row for each agent and number of env steps, means over seeds ± 95 % over seeds."""
-    rows = [row for row in rows if row["setting"] == setting.name]
     mixes = " | ".join(" ".join(mix).removesuffix(":1") for mix in setting.mixes)
     lines = [
         f"| {setting.name} | env steps | seeds | {mixes} | mean |",
         "|---|---:|---:|" + "---:|" * (len(setting.mixes) + 1),
     ]
-    by_kind: dict[tuple[str, int], list[dict[str, str]]] = {}
-    for row in rows:
-        kind = row["agent"], int(row["env_steps"])
-        by_kind.setdefault(kind, []).append(row)
-    for (agent, steps), mine in by_kind.items():
-        seeds = means_by_seed(mine, setting)
-        if not seeds:
-            continue
-        cells = [mean_and_interval(list(means)) for means in zip(*seeds, strict=True)]
-        mixed = torch.tensor(seeds) @ setting.shares  # [seeds]
-        mean = mean_and_interval(mixed.tolist())
-        line = " | ".join([agent, f"{steps:,}", str(len(seeds)), *cells, mean])
+    for (agent, steps), means in by_agent(setting, rows).items():
+        cells = [mean_and_interval(column.tolist()) for column in means.T]
+        mean = mean_and_interval((means @ setting.shares.double()).tolist())
+        line = " | ".join([agent, f"{steps:,}", str(len(means)), *cells, mean])
         lines.append(f"| {line} |")
     return "\n".join(lines)
+
+
+def save_picture(path: Path, settings: list[Setting], agents: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+    """A panel for each setting: for each agent a point per seed, and the IQM. UsageError: nobody has a row."""
+    figure, axes = plt.subplots(
+        1, len(settings), figsize=(6 * len(settings), 1.2 + 0.3 * len(agents)), squeeze=False, layout="constrained"
+    )
+    for axis, setting in zip(axes[0], settings, strict=True):
+        means = by_agent(setting, rows)
+        points: Groups = {}
+        for wanted in agents:
+            for (agent, _), of_agent in means.items():
+                if agent == wanted:
+                    points[agent] = [{"mean_return": str(x)} for x in (of_agent @ setting.shares.double()).tolist()]
+        if not points:
+            raise UsageError(f"--picture: no rows of {', '.join(agents)} in {setting.name}: run them first")
+        draw_points(axis, points, setting.name, "mean return of a seed")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -492,6 +522,8 @@ def main(args: Args) -> None:
         rows = read_rows(args.results, "adaptation_agents")
         for name in args.settings:
             print(as_table(SETTINGS[name], rows), flush=True)
+        if args.picture is not None:
+            save_picture(args.picture, [SETTINGS[name] for name in args.settings], args.agents or AGENTS, rows)
 
 
 LIMITS = {"at least 1": (lambda x: x >= 1, "env_steps more_steps episodes plan_episodes")}

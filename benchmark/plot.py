@@ -241,7 +241,7 @@ def draw_curves(
         axis.legend(fontsize=7, title="(seeds)", title_fontsize=7)
 
 
-def draw_points(axis: plt.Axes, groups: Groups, env_id: str) -> None:
+def draw_points(axis: plt.Axes, groups: Groups, title: str, xlabel: str) -> None:
     """A line per label: its runs as points, their IQM as a bar."""
     labels = list(groups)
     for height, label in enumerate(labels):
@@ -252,7 +252,7 @@ def draw_points(axis: plt.Axes, groups: Groups, env_id: str) -> None:
     names = [f"{label} ({len(groups[label])})" for label in labels]
     axis.set_yticks(range(len(labels)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.set(xlabel="return per agent, closing evaluation", title=f"{env_id} (seeds)")
+    axis.set(xlabel=xlabel, title=f"{title} (seeds)")
     axis.grid(alpha=0.3)
 
 
@@ -314,7 +314,7 @@ def save_picture(groups: dict[str, Groups], args: Args) -> None:
         axes = axes.T  # [1, envs] -> [envs, 1]
     for i, env_id in enumerate(groups):
         if args.picture == "points":
-            draw_points(axes[0, i], groups[env_id], env_id)
+            draw_points(axes[0, i], groups[env_id], env_id, "return per agent, closing evaluation")
             continue
         for axis, x in zip(axes[i], X_LABELS, strict=False):  # of "steps" there is the first alone
             draw_curves(axis, groups[env_id], env_id, x, args)

@@ -1,6 +1,7 @@
 """The adaptation benchmark's agents: what is made before what, what is played once, the tables, the probe."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,12 @@ def test_an_agent_is_trained_and_played_once(tmp_path, capsys):
     main(args)
     second = capsys.readouterr().out
     assert "done" not in second and "played" not in second and "| actor-context | 5,120 | 1 |" in second
+    # Of the rows a picture: a line with the seeds of each agent that was asked for.
+    picture = tmp_path / "new" / "seeds.png"
+    main(replace(args, table=True, picture=picture))
+    assert picture.stat().st_size > 5000
+    with pytest.raises(UsageError, match="no rows of full in 4x4-2p1h-T10-1to3"):
+        main(replace(args, table=True, picture=picture, agents=("full",)))
     found = samples(str(Place(args, GAP, 3).made("actor-context")), GAP, 400, 1)
     count = len(found["env"])
     assert 0 < found["failed"].sum() < count and found["contexts"].shape == (count, 64)
