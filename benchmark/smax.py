@@ -3,6 +3,7 @@
     python benchmark/smax.py run --seeds 1 2 3                                           # ours
     python benchmark/smax.py run --jaxmarl-python jaxmarl-venv/bin/python --clone JaxMARL    # theirs
     python benchmark/smax.py table
+    python benchmark/smax.py plot --output docs/img/smax.png
 
 Rows: benchmark/results/simulators_smax.csv, a run each; benchmark/results/curves/ has what every rollout won.
 benchmark/jaxmarl_mappo.py says how their side's virtual environment is made.
@@ -10,6 +11,7 @@ benchmark/jaxmarl_mappo.py says how their side's virtual environment is made.
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import subprocess
@@ -20,7 +22,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -65,6 +71,14 @@ class Args:
 
 @dataclass
 class TableArgs:
+    results: Path = run.RESULTS
+    """folder of the rows and curves"""
+
+
+@dataclass
+class PlotArgs:
+    output: Path
+    """the picture"""
     results: Path = run.RESULTS
     """folder of the rows and curves"""
 
@@ -179,11 +193,16 @@ def run_side(args: Args) -> int:
     return 0
 
 
+def read_all(results: Path) -> list[dict[str, str]]:
+    rows = run.read_rows(results, TABLE)
+    if not rows:
+        raise UsageError(f"no {TABLE}.csv in {results}: run it first")
+    return rows
+
+
 def table(args: TableArgs) -> None:
     """Prints a markdown table with a line for each scenario, length and side."""
-    rows = run.read_rows(args.results, TABLE)
-    if not rows:
-        raise UsageError(f"no {TABLE}.csv in {args.results}: run it first")
+    rows = read_all(args.results)
     print("| | | seeds | env steps | won, last tenth | mean over training | CPU time |")
     print("|---|---|---:|---:|---:|---:|---:|")
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -198,12 +217,40 @@ def table(args: TableArgs) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def plot(args: PlotArgs) -> None:
+    """A panel for each scenario: the share of episodes won over env steps, a line for each run."""
+    rows = read_all(args.results)
+    colours = {OURS: "tab:blue", OURS_WITH_MEMORY: "tab:green", THEIRS: "tab:orange"}
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(scenarios), figsize=(6 * len(scenarios), 4.2), squeeze=False, layout="constrained"
+    )
+    for axis, scenario in zip(axes[0], scenarios, strict=True):
+        named = set()
+        for row in rows:
+            if row["scenario"] != scenario:
+                continue
+            with open(args.results / row["curve"], newline="", encoding="utf-8") as file:
+                points = list(csv.DictReader(file))
+            millions = [float(point["env_steps"]) / 1e6 for point in points]
+            won = [float(point["win_rate"]) for point in points]
+            label = row["label"]
+            axis.plot(millions, won, color=colours[label], alpha=0.7, label=None if label in named else label)
+            named.add(label)
+        axis.set(title=scenario, xlabel="million env steps", ylabel="share of episodes won", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=110)
+    plt.close(figure)
+
+
 def cli(argv: list[str] | None = None) -> int:
     """The command line: a command and its own arguments."""
-    commands = {"run": (Args, run_side), "table": (TableArgs, table)}
+    commands = {"run": (Args, run_side), "table": (TableArgs, table), "plot": (PlotArgs, plot)}
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["nothing"]
     if name not in commands:
-        print(f"error: expected run or table, got {name}: see the file's first lines", file=sys.stderr)
+        print(f"error: expected run, table or plot, got {name}: see the file's first lines", file=sys.stderr)
         return 2
     return command_line(*commands[name], {}, rest)
 

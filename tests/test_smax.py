@@ -85,6 +85,11 @@ def test_ours_becomes_a_row(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert smax.cli(["table", "--results", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("| 3m | ours | 1 |") == 2
+    picture = tmp_path / "img" / "smax.png"
+    assert smax.cli(["plot", "--output", str(picture), "--results", str(tmp_path)]) == 0
+    assert picture.stat().st_size > 5000
+    assert smax.cli(["plot", "--output", str(picture), "--results", str(tmp_path / "nowhere")]) == 2
+    assert "run it first" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script with a #! line")
