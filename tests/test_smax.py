@@ -101,8 +101,8 @@ def test_what_goes_wrong_is_one_line(tmp_path, fake_python, capsys):
         (["run", "--jaxmarl-python", str(tmp_path / "nowhere"), "--clone", ".", *results], "no interpreter"),
         (["run", *python, "--clone", ".", "--seeds", "13", *results], "unlucky"),
         (["table", *results], "run it first"),
-        (["fly"], "expected run or table"),
-        ([], "expected run or table"),
+        (["fly"], "expected run, table or plot"),
+        ([], "expected run, table or plot"),
     ]:
         assert smax.cli(words) == 2, words
         error = capsys.readouterr().err
