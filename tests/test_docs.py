@@ -126,17 +126,21 @@ def is_explained(name, text):
 
 @functools.cache
 def flags_of(script):
-    """The flags of a script: the fields of its Args, and --no-... of its switches."""
+    """The flags of a script with an Args of its own: the fields of all its ...Args, and --no-... of its switches."""
+    classes = [node for node in ast.parse(read(script)).body if isinstance(node, ast.ClassDef)]
+    if "Args" not in [node.name for node in classes]:
+        return set()
     flags = set()
-    for node in ast.parse(read(script)).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Args":
-            for field in node.body:
-                if not isinstance(field, ast.AnnAssign):
-                    continue
-                name = field.target.id.replace("_", "-")
-                flags.add(f"--{name}")
-                if "bool" in ast.unparse(field.annotation):
-                    flags.add(f"--no-{name}")
+    for node in classes:
+        if not node.name.endswith("Args"):
+            continue
+        for field in node.body:
+            if not isinstance(field, ast.AnnAssign):
+                continue
+            name = field.target.id.replace("_", "-")
+            flags.add(f"--{name}")
+            if "bool" in ast.unparse(field.annotation):
+                flags.add(f"--no-{name}")
     return flags
 
 
