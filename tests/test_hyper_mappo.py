@@ -942,16 +942,16 @@ def test_tiny_cooperative_envs_are_learnt(tmp_path, env, hyper, optimum):
 def test_a_trained_policy_scores_the_same_on_twin_and_genuine_env(tmp_path, env_id, kwargs):
     flags = dict(num_envs=64, num_steps=16, total_timesteps=40_960, hidden_size=32, context_size=16)
     run_dir = run(tmp_path, env_id=env_id, env_kwargs=json.dumps(kwargs), learning_rate=2e-3, **flags)
-    actor, returns = Policy(run_dir).actor, {}
+    actor, returns, episodes = Policy(run_dir).actor, {}, 100
     for backend, num_envs in (("batched", 100), ("pettingzoo", 2)):
         env = hyper_mappo.make_vec_env(env_id, num_envs, "cpu", 0, backend=backend, **kwargs)
-        returns[backend] = evaluate(actor, env, 200, seed=5)["returns"].mean(dim=1)  # [200, A] -> [200]
+        returns[backend] = evaluate(actor, env, episodes, seed=5)["returns"].mean(dim=1)  # [episodes, A] -> [episodes]
         env.close()
     twin, genuine = returns["batched"], returns["pettingzoo"]
-    interval = 1.96 * (twin.var() / 200 + genuine.var() / 200).sqrt()
+    interval = 1.96 * ((twin.var() + genuine.var()) / episodes).sqrt()
     assert abs(twin.mean() - genuine.mean()) < 1.5 * interval
     env = hyper_mappo.make_vec_env(env_id, 100, "cpu", 0, **kwargs)
-    untrained = evaluate(Actor(load_checkpoint(run_dir)["spec"], Args(hyper="none")), env, 200, seed=5)
+    untrained = evaluate(Actor(load_checkpoint(run_dir)["spec"], Args(hyper="none")), env, episodes, seed=5)
     assert twin.mean() > untrained["returns"].mean() + interval  # it did learn something
 
 
