@@ -455,23 +455,26 @@ def as_table(setting: Setting, rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def save_picture(path: Path, settings: list[Setting], agents: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+def save_picture(args: Args, rows: list[dict[str, str]]) -> None:
     """A panel for each setting: for each agent a point per seed, and the IQM. UsageError: nobody has a row."""
-    figure, axes = plt.subplots(
-        1, len(settings), figsize=(6 * len(settings), 1.2 + 0.3 * len(agents)), squeeze=False, layout="constrained"
-    )
-    for axis, setting in zip(axes[0], settings, strict=True):
-        means = by_agent(setting, rows)
-        points: Groups = {}
-        for wanted in agents:
-            for (agent, _), of_agent in means.items():
-                if agent == wanted:
-                    points[agent] = [{"mean_return": str(x)} for x in (of_agent @ setting.shares.double()).tolist()]
-        if not points:
-            raise UsageError(f"--picture: no rows of {', '.join(agents)} in {setting.name}: run them first")
-        draw_points(axis, points, setting.name, "mean return of a seed")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    agents = args.agents or AGENTS
+    panels: dict[str, Groups] = {}
+    for name in args.settings:
+        means = by_agent(SETTINGS[name], rows)
+        panels[name] = {}
+        for agent in agents:
+            of_agent = means.get((agent, steps_beside_partners(agent, args)))
+            if of_agent is not None:
+                mixed = of_agent @ SETTINGS[name].shares.double()  # [seeds]
+                panels[name][agent] = [{"mean_return": str(x)} for x in mixed.tolist()]
+        if not panels[name]:
+            raise UsageError(f"--picture: no rows of {', '.join(agents)} in {name}: run them first")
+    size = 6 * len(panels), 1.2 + 0.3 * len(agents)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], panels, strict=True):
+        draw_points(axis, panels[name], name, "mean return of a seed")
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.picture, dpi=110)
     plt.close(figure)
 
 
@@ -523,7 +526,7 @@ def main(args: Args) -> None:
         for name in args.settings:
             print(as_table(SETTINGS[name], rows), flush=True)
         if args.picture is not None:
-            save_picture(args.picture, [SETTINGS[name] for name in args.settings], args.agents or AGENTS, rows)
+            save_picture(args, rows)
 
 
 LIMITS = {"at least 1": (lambda x: x >= 1, "env_steps more_steps episodes plan_episodes")}

@@ -11,7 +11,6 @@ benchmark/jaxmarl_mappo.py says how their side's virtual environment is made.
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 import subprocess
@@ -22,11 +21,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -222,16 +218,14 @@ def plot(args: PlotArgs) -> None:
     rows = read_all(args.results)
     colours = {OURS: "tab:blue", OURS_WITH_MEMORY: "tab:green", THEIRS: "tab:orange"}
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(scenarios), figsize=(6 * len(scenarios), 4.2), squeeze=False, layout="constrained"
-    )
+    size = 6 * len(scenarios), 4.2
+    figure, axes = plt.subplots(1, len(scenarios), figsize=size, squeeze=False, layout="constrained")
     for axis, scenario in zip(axes[0], scenarios, strict=True):
         named = set()
         for row in rows:
             if row["scenario"] != scenario:
                 continue
-            with open(args.results / row["curve"], newline="", encoding="utf-8") as file:
-                points = list(csv.DictReader(file))
+            points = run.read_rows(args.results, row["curve"].removesuffix(".csv"))
             millions = [float(point["env_steps"]) / 1e6 for point in points]
             won = [float(point["win_rate"]) for point in points]
             label = row["label"]
