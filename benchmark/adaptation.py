@@ -157,6 +157,7 @@ SOLVED = (
     one_in_four(5, 9),
     one_in_four(4, 10, "nearest_hare"),
     one_in_four(4, 10, "stay"),
+    one_in_four(4, 10, "random"),
 )
 
 
@@ -284,6 +285,14 @@ def default_responses(env_id: str) -> list[str]:
     return [*script_names(env_id), *watchers]
 
 
+def beside_learner_0(mix: tuple[str, ...], env: VecEnv, seed: int) -> Partners:
+    """Who fills all seats but the first. UsageError: another number of seats, unknown partners."""
+    partners = Partners(mix, env, make_policy, seed)
+    if partners.first_seat != 1:
+        raise UsageError(f"expected a mix for all seats but the first, got {mix} in {env.env_id}: change its seats")
+    return partners
+
+
 @torch.no_grad()
 def play(
     setting: Setting,
@@ -296,9 +305,7 @@ def play(
     torch.manual_seed(seed)
     env = make_vec_env(setting.env_id, episodes, "cpu", seed, **setting.env_kwargs)
     player = make_response(response, env, setting, mix)
-    partners = Partners(mix, env, make_policy, seed)
-    if partners.first_seat != 1:
-        raise UsageError(f"expected a mix for all seats but the first, got {mix} in {env.env_id}: change its seats")
+    partners = beside_learner_0(mix, env, seed)
     memory = player.initial_state(episodes)
     step = env.reset(seed)
     returns = torch.full((episodes,), math.nan)

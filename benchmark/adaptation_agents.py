@@ -2,6 +2,7 @@
 
     python benchmark/adaptation_agents.py --settings 4x4-2p1h-T10-1to3 --seeds 1 2 3 4 5
     python benchmark/adaptation_agents.py --settings 4x4-2p1h-T10-1to3 --table        # of the rows that there are
+    python benchmark/adaptation_agents.py --agents full --beside stay:1               # whom it was not trained with
 
 For each setting of benchmark/adaptation.py and each seed: trained agents meet the pool of partners for --env-steps,
 planners learn from recorded scripts and meet nobody. What is trained is not trained again, what has a row is not played
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import plan
-from benchmark.adaptation import RESULTS, SETTINGS, Response, Setting, default_responses, measure, play
+from benchmark.adaptation import (
+    RESULTS,
+    SETTINGS,
+    Response,
+    Setting,
+    beside_learner_0,
+    default_responses,
+    measure,
+    play,
+)
 from benchmark.plot import Groups, draw_points, mean_and_interval
 from benchmark.run import ONE_THREAD, ROOT, describe_machine, read_rows, wait_for
-from envs import VecEnv
+from envs import VecEnv, make_vec_env
 from runs import UsageError, command_line, read_metrics, safe_name
 
 COLUMNS = "setting agent env_steps training_seed mix episodes seed mean_return interval_95 machine date".split()
@@ -106,6 +116,7 @@ JOBS = {
         trained("actor-context, z", f"--hyper none --actor-context {JOINT_Z}", "opponents"),
         trained("delta, z", f"--hyper delta {JOINT_Z} {FREE}", "opponents"),
         trained("full, z", f"--hyper full {JOINT_Z} {FREE}", "opponents"),
+        trained("last-layer, z", f"--hyper last-layer {JOINT_Z} {FREE}", "opponents"),
         Job(
             "self-play",
             "hyper_mappo.py",
@@ -153,6 +164,8 @@ class Args:
     """seeds of everything: what is trained, and the episodes that are played"""
     agents: tuple[str, ...] = ()
     """only these agents; none: all"""
+    beside: tuple[str, ...] = ()
+    """play beside these, an entry of --partners for all other seats each, instead of those of the setting"""
     table: bool = False
     """only print the table of the rows that there are"""
     picture: Path | None = None
@@ -174,6 +187,13 @@ class Args:
 
 
 # -------------------------------------------------------------------------------------------- training
+
+
+def as_played(setting: Setting, beside: tuple[str, ...]) -> Setting:
+    """The setting with the partners that are met at play: its own, unless others are named, each equally often then."""
+    if not beside:
+        return setting
+    return replace(setting, mixes=tuple((entry,) for entry in beside), weights=None)
 
 
 @dataclass(frozen=True)
@@ -339,7 +359,7 @@ def is_played(
 
 def play_agent(agent: str, place: Place) -> None:
     """Adds the rows of an agent that are missing."""
-    args, setting = place.args, place.setting
+    args, setting = place.args, as_played(place.setting, place.args.beside)
     path = args.results / "adaptation_agents.csv"
     rows = read_rows(args.results, "adaptation_agents")
     mixes = [mix for mix in setting.mixes if not is_played(rows, agent, place, mix)]
@@ -386,7 +406,7 @@ def first_with(run_dir: Path, target: float) -> tuple[int | None, float]:
 
 def train_on(place: Place) -> None:
     """The self-play policy, trained on against each partner by itself: env steps to ENOUGH of the best response."""
-    args, setting = place.args, place.setting
+    args, setting = place.args, as_played(place.setting, place.args.beside)
     path = args.results / "adaptation_steps.csv"
     gap = measure(setting, default_responses(setting.env_id), args.episodes, place.seed)
     best = gap.means.amax(0)  # [M]
@@ -460,12 +480,13 @@ def save_picture(args: Args, rows: list[dict[str, str]]) -> None:
     agents = args.agents or AGENTS
     panels: dict[str, Groups] = {}
     for name in args.settings:
-        means = by_agent(SETTINGS[name], rows)
+        setting = as_played(SETTINGS[name], args.beside)
+        means = by_agent(setting, rows)
         panels[name] = {}
         for agent in agents:
             of_agent = means.get((agent, steps_beside_partners(agent, args)))
             if of_agent is not None:
-                mixed = of_agent @ SETTINGS[name].shares.double()  # [seeds]
+                mixed = of_agent @ setting.shares.double()  # [seeds]
                 panels[name][agent] = [{"mean_return": str(x)} for x in mixed.tolist()]
         if not panels[name]:
             raise UsageError(f"--picture: no rows of {', '.join(agents)} in {name}: run them first")
@@ -493,6 +514,10 @@ def check_args(args: Args) -> None:
         setting = SETTINGS[name]
         if needs_pool(args.agents):
             _ = setting.pool  # UsageError where a pool cannot draw its mixes
+        if args.beside:
+            env = make_vec_env(setting.env_id, 1, "cpu", 0, **setting.env_kwargs)
+            for entry in args.beside:
+                beside_learner_0((entry,), env, seed=0)
         if "max_cycles" not in setting.env_kwargs:
             raise UsageError(f"--settings: expected one that says its max_cycles, got {name}: take a small hunt")
         if setting.held_out is None and any("held out" in agent for agent in args.agents):
@@ -524,7 +549,7 @@ def main(args: Args) -> None:
     if not args.dry_run:
         rows = read_rows(args.results, "adaptation_agents")
         for name in args.settings:
-            print(as_table(SETTINGS[name], rows), flush=True)
+            print(as_table(as_played(SETTINGS[name], args.beside), rows), flush=True)
         if args.picture is not None:
             save_picture(args, rows)
 

@@ -16,6 +16,7 @@ from benchmark.adaptation_agents import (
     Args,
     Place,
     append,
+    as_played,
     as_table,
     check_args,
     first_with,
@@ -38,8 +39,8 @@ def row(agent, seed, mix, mean, env_steps=0):
 
 
 def test_what_is_needed_is_made_first_and_once():
-    names = [job.name for job in needed([*jobs_of("delta, z"), *jobs_of("one-step")])]
-    assert names == ["data", "opponents", "delta, z", "world model", "self-play"]
+    names = [job.name for job in needed([*jobs_of("last-layer, z"), *jobs_of("one-step")])]
+    assert names == ["data", "opponents", "last-layer, z", "world model", "self-play"]
     assert jobs_of("tries") == [] and jobs_of("rollout, true world") == ["opponents"]
     for agent in AGENTS:
         assert all(name in JOBS for name in jobs_of(agent))
@@ -146,6 +147,35 @@ def test_an_agent_is_trained_and_played_once(tmp_path, capsys):
     count = len(found["env"])
     assert 0 < found["failed"].sum() < count and found["contexts"].shape == (count, 64)
     assert found["obs"].shape == (count, 80) and all(x.float().isfinite().all() for x in found.values())
+
+
+def test_partners_that_an_agent_was_not_trained_with_are_met_at_play_only(tmp_path, capsys):
+    args = Args(
+        seeds=(3,),
+        agents=("actor-context",),
+        beside=("stay:1", "nearest_hare:1"),
+        env_steps=5120,
+        episodes=20,
+        runs_dir=tmp_path / "runs",
+        results=tmp_path / "results",
+    )
+    main(args)
+    words = Place(args, GAP, 3).command(JOBS["actor-context"])
+    assert "same=nearest_stag*1,waits_at_stag*3:1" in words
+    rows = list(csv.DictReader((tmp_path / "results/adaptation_agents.csv").open(encoding="utf-8")))
+    assert [x["mix"] for x in rows] == ["stay:1", "nearest_hare:1"]
+    assert "| stay | nearest_hare | mean |" in capsys.readouterr().out
+    assert as_played(GAP, args.beside).shares.tolist() == [0.5, 0.5]
+    assert as_played(GAP, ()) is GAP
+
+
+def test_unknown_partners_at_play_are_one_line_before_anything_runs(tmp_path):
+    for beside, message in ((("nobody:1",), "nobody"), (("stay:2",), "fill 2 seats")):
+        args = Args(agents=("full",), beside=beside, runs_dir=tmp_path / "runs", results=tmp_path / "results")
+        with pytest.raises(UsageError, match=message):
+            main(args)
+    assert list(tmp_path.iterdir()) == []
+    assert adaptation_agents.cli(["--agents", "full", "--beside", "nobody:1"]) == 2
 
 
 def test_unknown_names_are_one_line():
