@@ -106,7 +106,7 @@ LARGE_MAP = """--env-kwargs '{"height": 16, "width": 16, "num_players": 8, "num_
 SUITES: dict[str, list[Member]] = {
     "stag_hunt-goals": [
         *compare(f"--env-id stag_hunt-4x4-4h1s {STAG_GOALS}", {"4x4-4h1s": ""}, 5),
-        *compare(f"--env-id stag_hunt-8x8-4h1s {STAG_GOALS}", {"8x8-4h1s": ""}, 5),
+        *compare(f"--env-id stag_hunt-8x8-4h1s {STAG_GOALS}", {"8x8-4h1s": "", "8x8-4h1s, none": "--hyper none"}, 5),
         *compare(f"--env-id stag_hunt-8x8-4h2s {STAG_GOALS}", {"8x8-4h2s": ""}, 5),
         *compare(f"--env-id stag_hunt {LARGE_MAP} {STAG_GOALS}", {"16x16, 8 players": ""}, 2),
         *compare(f"--env-id stag_hunt {LARGE_MAP} {STAG_GOALS} --total-timesteps 1000000", {"16x16, 1 M": ""}, 2),
