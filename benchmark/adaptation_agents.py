@@ -96,7 +96,8 @@ def opponents(name: str, data: str) -> Job:
 # A context that remembers a whole episode; the joint one knows the partner's z, too.
 MEMORY = "--chunk-length {limit} --context-size 64 --hyper-learning-rate 0.002"
 LOCAL = f"--hyper-context local {MEMORY}"
-JOINT_Z = f"--hyper-context joint {MEMORY} --subgoals {{folder of opponents}}"
+JOINT = f"--hyper-context joint {MEMORY}"
+JOINT_Z = f"{JOINT} --subgoals {{folder of opponents}}"
 FREE = "--smooth-coef 0 --align-coef 0"  # who changes its mind changes its weights at once
 JOBS = {
     job.name: job
@@ -113,6 +114,7 @@ JOBS = {
         trained("delta", f"--hyper delta {LOCAL} {FREE}"),
         trained("full", f"--hyper full {LOCAL} {FREE}"),
         trained("last-layer", f"--hyper last-layer {LOCAL} {FREE}"),
+        trained("full, joint", f"--hyper full {JOINT} {FREE}"),
         trained("actor-context, z", f"--hyper none --actor-context {JOINT_Z}", "opponents"),
         trained("delta, z", f"--hyper delta {JOINT_Z} {FREE}", "opponents"),
         trained("full, z", f"--hyper full {JOINT_Z} {FREE}", "opponents"),
