@@ -9,7 +9,7 @@ The format is in dataset.py and docs/data_format.md; how-to and limits are in do
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401
+import startup  # noqa: F401
 
 # isort: split
 

@@ -24,7 +24,7 @@ together in time order, and only whole episodes are stored. S rows, E episodes, 
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401
+import startup  # noqa: F401
 
 # isort: split
 

@@ -16,7 +16,7 @@ How-to, metrics, deviations and results: docs/hyper_mappo.md
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401
+import startup  # noqa: F401
 
 # isort: split
 
@@ -36,10 +36,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-# Before torch is imported: threads that spin while they wait for each other make small operations many times slower
-# as soon as other programs use the cores too.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import gymnasium as gym
 import imageio

@@ -15,7 +15,7 @@ et al. 2024, arXiv 2406.08002), which plans on the true simulator. See docs/plan
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401
+import startup  # noqa: F401
 
 # isort: split
 

@@ -13,7 +13,7 @@ Metrics and deviations: docs/pretrain_vae.md. What it reaches: docs/results/pret
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401
+import startup  # noqa: F401
 
 # isort: split
 

@@ -12,7 +12,7 @@ PSNR = 10 log10(range^2 / MSE), from the pooled MSE. How to read the printout: d
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401
+import startup  # noqa: F401
 
 # isort: split
 

@@ -15,7 +15,7 @@ of means over a set of agents, Zaheer et al. 2017 (Deep Sets, arXiv 1703.06114).
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401
+import startup  # noqa: F401
 
 # isort: split
 

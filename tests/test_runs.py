@@ -23,9 +23,11 @@ import world_model
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [collect_data, hyper_mappo, pretrain_vae, test_obs_reward_model, world_model]
 
+PROGRAMS = [path.stem for path in ROOT.glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+
 # Imports run one way: a file may import only what stands on an earlier line (DESIGN.md's order).
 ORDER = [
-    ["interrupts"],
+    ["startup"],
     ["runs"],
     ["envs"],
     ["dataset"],
@@ -621,12 +623,34 @@ def test_a_signal_while_a_script_imports_is_one_line(script, number, code, word)
     command = [sys.executable, "-X", "importtime", "-m", script]  # it says what has been imported
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     for line in process.stderr:
-        if line.endswith(" interrupts\n"):
+        if line.endswith(" startup\n"):
             break
     process.send_signal(number)
     said = [line for line in process.stderr if not line.startswith("import time:")]
     process.wait()
     assert (process.returncode, said) == (code, [f"{word} while starting or ending: nothing was changed\n"])
+
+
+STOP_AT_TORCH = """
+import os, sys
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ["OMP_WAIT_POLICY"])
+            sys.exit()
+
+sys.meta_path.insert(0, Finder)
+import {script}
+"""
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_threads_are_told_to_wait_asleep_before_torch_is_imported(script):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", STOP_AT_TORCH.format(script=script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "PASSIVE\n", done.stderr
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch, capsys):

@@ -1,13 +1,17 @@
-"""Ctrl-C and SIGTERM while a script still imports what it needs: one line, where Python would show a traceback.
+"""What a script does before it imports anything else.
 
-Scripts import it before everything else. It does nothing where it is imported by another program. `command_line` of
-runs.py takes over from it.
+* Ctrl-C and SIGTERM are answered with one line, where Python would show a traceback; `command_line` of runs.py takes
+  over from here. Not where a script is imported by another program.
+* Threads of a matrix product wait for each other asleep. Those that spin, as they would by default, make small
+  operations many times slower as soon as other programs use the cores too. torch reads the setting when it is imported.
 """
 
 import os
 import signal
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def end_at_once(number: int, frame: object) -> None:
