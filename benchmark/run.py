@@ -92,6 +92,8 @@ PARTS = {
     "delta, one for all agents": "--hyper delta --share-delta",
     "delta, sequences of 8": "--hyper delta --chunk-length 8",
     "full": "--hyper full",
+    "none, normalised": "--hyper none --norm-obs",
+    "delta, normalised": "--hyper delta --norm-obs",
 }
 REWARDS = {
     "spirit 0, obs": "--hyper none --team-spirit 0",

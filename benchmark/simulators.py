@@ -34,6 +34,7 @@ SPECIALISE = {
     "own actors": "--hyper none --agent-id --no-share-parameters",
     "full by id": "--hyper full --agent-id --hyper-context agent-id --context-size 4 --hyper-basis 4",
     "delta by id": "--hyper delta --agent-id --hyper-context agent-id",
+    "last-layer by id": "--hyper last-layer --agent-id --hyper-context agent-id",
     "delta by all": "--hyper delta --agent-id",
     "full deltas by all": (
         "--hyper delta --hyper-rank 0 --agent-id --hyper-context joint --context-size 8 --hyper-basis 8"
