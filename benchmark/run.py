@@ -81,6 +81,11 @@ WITH_ID = {
     "none with id, 4 M": "--hyper none --agent-id",
     "context as input with id, 4 M": "--hyper none --actor-context --agent-id",
 }
+NORMALISED = {
+    "delta with id, normalised": "--hyper delta --agent-id --norm-obs",
+    "none with id, normalised": "--hyper none --agent-id --norm-obs",
+    "context as input with id, normalised": "--hyper none --actor-context --agent-id --norm-obs",
+}
 PARTS = {
     **FORMS,
     "delta, local": "--hyper delta --hyper-context local",
@@ -119,6 +124,7 @@ SUITES: dict[str, list[Member]] = {
         *compare(f"{PURSUIT} --total-timesteps 4000000", {"delta, 4 M": "--hyper delta"}, 5),
         *compare(f"{PURSUIT} --total-timesteps 4000000", WITH_ID, 5),
     ],
+    "pursuit-normalised": compare(f"{PURSUIT} --total-timesteps 2000000", NORMALISED, 5),
     "pursuit-long": [
         *compare(f"{PURSUIT} --total-timesteps 6000000", {"none": "--hyper none"}, 5),
         *compare(f"{PURSUIT} --total-timesteps 6000000", {"none with id": "--hyper none --agent-id"}, 5),
