@@ -125,6 +125,7 @@ SUITES: dict[str, list[Member]] = {
         *compare(f"{PURSUIT} --total-timesteps 4000000", WITH_ID, 5),
     ],
     "pursuit-normalised": compare(f"{PURSUIT} --total-timesteps 2000000", NORMALISED, 5),
+    "pursuit-normalised-long": compare(f"{PURSUIT} --total-timesteps 4000000", NORMALISED, 5),
     "pursuit-long": [
         *compare(f"{PURSUIT} --total-timesteps 6000000", {"none": "--hyper none"}, 5),
         *compare(f"{PURSUIT} --total-timesteps 6000000", {"none with id": "--hyper none --agent-id"}, 5),
