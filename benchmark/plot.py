@@ -55,6 +55,8 @@ class Args:
     """the label that the others are compared with; None: the suite's first"""
     labels: tuple[str, ...] = ()
     """only these members; none: all"""
+    seeds: tuple[int, ...] = ()
+    """only their runs of these seeds, such as those of one machine where time is compared; none: all"""
     results: Path = RESULTS
     """folder of the rows and curves"""
     output: Path | None = None
@@ -265,7 +267,9 @@ def read_groups(args: Args) -> dict[str, Groups]:
     for suite in args.suites:
         if suite not in SUITES:
             raise UsageError(f"unknown suite {suite}: one of {', '.join(SUITES)}")
-        rows += read_rows(args.results, suite)
+        for row in read_rows(args.results, suite):
+            if not args.seeds or int(row["seed"]) in args.seeds:
+                rows.append(row)
         order += [member.label for member in SUITES[suite] if member.label not in order]
     # Rows of members that the suite no longer has are shown as well, behind the others.
     order += [row["label"] for row in rows if row["label"] not in order]

@@ -289,6 +289,19 @@ def test_rows_of_a_member_that_was_taken_out_are_still_shown(tmp_path, places, m
     assert picture.stat().st_size > 5_000
 
 
+def test_only_the_named_seeds_are_shown(tmp_path, places, monkeypatch, capsys):
+    use_suite(monkeypatch, {"one": "--env-id fake", "other": "--env-id fake --num-steps 1"}, (1, 2))
+    assert run.cli(["tiny", *places]) == 0
+    results = ["--results", str(tmp_path / "results")]
+    for seeds, number in [((), 2), (("--seeds", "2"), 1)]:
+        capsys.readouterr()
+        assert plot.cli(["tiny", *results, *seeds]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+        assert [line.split(" | ")[1] for line in lines] == [str(number)] * 2
+    assert plot.cli(["tiny", *results, "--seeds", "3"]) == 2
+    assert "no rows of tiny" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["curves", "steps", "points"])
 def test_runs_without_a_closing_evaluation_are_drawn_and_not_scored(tmp_path, places, monkeypatch, capsys, kind):
     use_suite(monkeypatch, {"ours": "--env-id fake", "theirs": "--env-id fake --num-steps 1"}, (1, 2))
