@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-# Test processes share the cores: threads that spin while they wait for each other made single tests 40 times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import startup  # noqa: F401  test processes share the cores: with threads that spin a test took 40 times as long
+
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -22,8 +22,9 @@ import world_model
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [collect_data, hyper_mappo, pretrain_vae, test_obs_reward_model, world_model]
-
-PROGRAMS = [path.stem for path in ROOT.glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+PROGRAMS = [
+    path.stem for path in sorted(ROOT.glob("*.py")) if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
 
 # Imports run one way: a file may import only what stands on an earlier line (DESIGN.md's order).
 ORDER = [
